@@ -1,0 +1,5 @@
+"""`python -m mrcnf`, for torchrun."""
+
+from mrcnf.cli import main
+
+main()

@@ -1,0 +1,256 @@
+"""Runs on disk: a folder per level, files that explain and check themselves.
+
+    RUN/level-16/weights.safetensors   the level for use (averaged weights); its configuration
+                                       travels in the file's metadata
+                 state.safetensors     everything that training needs to go on
+                 config.toml           the resolved configuration, with the data's hash
+                 metrics.jsonl         one line per log interval
+
+Levels are independent: any process may write its own level's folder, and folders copied
+together make a model. Files are written under a temporary name, then renamed; each carries
+a checksum over its tensors. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from mrcnf import config as configuration
+from mrcnf.errors import UserError
+from mrcnf.flow import Trace
+from mrcnf.model import FieldConfig, Level, ModelConfig, MultiResolutionFlow
+from mrcnf.solve import Solver
+
+WEIGHTS, STATE, PREVIOUS = "weights.safetensors", "state.safetensors", "state.previous.safetensors"
+FORMAT = "mrcnf-1"
+
+
+def write(path: Path, data: bytes | str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another folder") from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write tensors with JSON metadata and a checksum, atomically."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    text = {"format": FORMAT, "metadata": json.dumps(metadata), "sha256": _checksum(tensors)}
+    write(path, save(tensors, text))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_tensors` wrote.
+
+    Raises:
+        UserError: missing, truncated, altered, or not one of this package's files.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            text = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception as error:
+        raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
+    if text.get("format") != FORMAT:
+        raise UserError(f"{path} was not written by mrcnf (no {FORMAT!r} mark in its metadata)")
+    if text.get("sha256") != _checksum(tensors):
+        raise UserError(f"{path} is damaged: its checksum does not match its contents")
+    return tensors, json.loads(text["metadata"])
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def level_folder(run: Path, resolution: int) -> Path:
+    return Path(run) / f"level-{resolution}"
+
+
+def save_level(
+    folder: Path, level: Level, weights: dict[str, Tensor], extra: dict[str, Any]
+) -> None:
+    """Write a level for use: `weights` are its state_dict; `extra` joins the metadata."""
+    metadata = {
+        "resolution": level.resolution,
+        "model": dataclasses.asdict(level.model),
+        "field": dataclasses.asdict(level.field),
+        "solver": dataclasses.asdict(level.solver),
+        "trace": dataclasses.asdict(level.trace),
+        **extra,
+    }
+    write_tensors(folder / WEIGHTS, weights, metadata)
+
+
+def describe(run: Path | str) -> dict[int, dict[str, Any]]:
+    """The metadata of each level of a run, without its tensors, by resolution."""
+    return {
+        resolution: _metadata(folder / WEIGHTS) for resolution, folder in find_levels(run).items()
+    }
+
+
+def find_levels(run: Path | str) -> dict[int, Path]:
+    """The folders of a run that hold finished weights, by resolution, coarsest first."""
+    run = Path(run)
+    if not run.is_dir():
+        raise UserError(f"there is no run folder {run}; train one with `mrcnf train` or `mrcnf demo`")
+    found = {}
+    for folder in run.iterdir():
+        match = re.fullmatch(r"level-(\d+)", folder.name)
+        if match and (folder / WEIGHTS).is_file():
+            found[int(match[1])] = folder
+    if not found:
+        raise UserError(f"{run} holds no trained level (no level-*/{WEIGHTS}); is it a run folder?")
+    return dict(sorted(found.items()))
+
+
+def load(
+    run: Path | str | Iterable[Path | str], device: torch.device | str = "cpu"
+) -> MultiResolutionFlow:
+    """Open a trained model, in eval mode.
+
+    Args:
+        run: a run folder, or several that hold a level each.
+        device: where the model is to live.
+
+    Raises:
+        UserError: nothing trained there, levels missing or of different models, damaged files.
+    """
+    runs = [run] if isinstance(run, (str, Path)) else list(run)
+    files: dict[int, Path] = {}
+    for folder in runs:
+        for resolution, path in find_levels(folder).items():
+            if resolution in files:
+                raise UserError(f"level {resolution} is in both {files[resolution]} and {path}")
+            files[resolution] = path
+    files = dict(sorted(files.items()))
+    loaded = {resolution: read_tensors(path / WEIGHTS) for resolution, path in files.items()}
+    model = _common_model({files[r] / WEIGHTS: metadata for r, (_, metadata) in loaded.items()})
+    levels = []
+    for resolution, (tensors, metadata) in loaded.items():
+        level = Level(
+            model,
+            resolution,
+            FieldConfig(**metadata["field"]),
+            Solver(**metadata["solver"]),
+            Trace(**metadata["trace"]),
+        )
+        try:
+            level.load_state_dict({k: v.float() for k, v in tensors.items()})
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(
+                f"{files[resolution] / WEIGHTS} does not fit its own configuration: {reason}"
+            ) from None
+        levels.append(level)
+    return MultiResolutionFlow(levels).to(device).eval()
+
+
+def assemble(runs: Iterable[Path | str], out: Path) -> list[int]:
+    """Copy the levels of several runs into one run folder; returns their resolutions."""
+    runs = list(runs)
+    model = load(runs)  # proves that they fit, before anything is copied
+    for run in runs:
+        for resolution, folder in find_levels(run).items():
+            target = level_folder(out, resolution)
+            if target.exists():
+                raise UserError(f"{target} is there already; choose another --out")
+            try:
+                shutil.copytree(folder, target)
+            except OSError as error:
+                raise UserError(f"cannot copy {folder} to {target}: {error}") from None
+    return list(model.resolutions)
+
+
+def finest_config(run: Path | str, overrides: Sequence[str] = ()) -> configuration.Config:
+    """The resolved configuration of a run's finest level, with overrides."""
+    finest = max(find_levels(run))
+    return configuration.load(level_folder(Path(run), finest) / "config.toml", overrides)
+
+
+def extended_config(
+    run: Path | str, resolution: int, overrides: Sequence[str] = ()
+) -> configuration.Config:
+    """The configuration for the next finest level of a run: the finest level's, one level up."""
+    model = load(run).config
+    if resolution != 2 * model.finest:
+        raise UserError(
+            f"the finest level of {run} is {model.finest}: extend it to {2 * model.finest}, "
+            f"not {resolution}"
+        )
+    if model.dequantisation == "gaussian":
+        raise UserError(
+            f"{run} was trained with Gaussian dequantisation, whose noise is tied to the finest "
+            "resolution; only models with uniform dequantisation can be extended"
+        )
+    levels = json.dumps([*model.resolutions, resolution])
+    return finest_config(run, [f"model.resolutions={levels}", *overrides])
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {})["metadata"])
+    except Exception as error:
+        raise UserError(f"{path} is damaged or was not written by mrcnf: {error}") from None
+
+
+def _common_model(found: dict[Path, dict[str, Any]]) -> ModelConfig:
+    """The configuration that all levels share, with the resolutions that are at hand."""
+    resolutions = tuple(metadata["resolution"] for metadata in found.values())
+    first_path, first = next(iter(found.items()))
+    base = min(metadata["model"]["resolutions"][0] for metadata in found.values())
+    for path, metadata in found.items():
+        theirs = metadata["model"]
+        for key in ("channels", "nbits", "dequantisation", "base"):
+            if theirs[key] != first["model"][key]:
+                raise UserError(
+                    f"{path} belongs to another model than {first_path}: {key} is {theirs[key]!r}, "
+                    f"not {first['model'][key]!r}"
+                )
+        if theirs["resolutions"][0] != base:
+            raise UserError(
+                f"{path} belongs to another model than {first_path}: its base level is "
+                f"{theirs['resolutions'][0]}, not {base}"
+            )
+    steps = [base * 2**i for i in range(len(resolutions))]
+    missing = [r for r in steps if r not in resolutions]
+    if missing:
+        raise UserError(
+            f"levels {list(resolutions)} are trained, level {missing[0]} is missing; train it with "
+            f"`mrcnf train CONFIG.toml --level {missing[0]}`"
+        )
+    shared = {**first["model"], "resolutions": resolutions}
+    return ModelConfig(**shared)

@@ -1,0 +1,295 @@
+"""The commands. Each reads its arguments, calls the library, and prints what came back."""
+
+from __future__ import annotations
+
+import re
+import sys
+from json import dumps
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import torch
+import tyro
+
+from mrcnf import check as checks
+from mrcnf import checkpoint, data, plot
+from mrcnf import config as configuration
+from mrcnf import demo as demonstration
+from mrcnf import evaluate as evaluation
+from mrcnf import train as training
+from mrcnf.errors import UserError
+from mrcnf.solve import SolverError
+
+app = tyro.extras.SubcommandApp()
+
+Overrides = Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE")]
+Run = tyro.conf.Positional[Path]
+
+
+@app.command
+def demo(out: Path = Path("runs/demo"), overrides: Overrides = ()) -> None:
+    """Train three levels on embedded photographs, evaluate, draw samples, write a report.
+
+    Args:
+        out: run folder to make.
+        overrides: settings to change, section.key=value.
+    """
+    print(demonstration.run(out, overrides))
+
+
+@app.command
+def train(
+    config: tyro.conf.Positional[Path],
+    level: int = 0,
+    out: Path | None = None,
+    resume: bool = False,
+    joint: bool = False,
+    dry_run: bool = False,
+    overrides: Overrides = (),
+) -> None:
+    """Train one level of a configuration, or all of them one after another.
+
+    Args:
+        config: a TOML file, see experiments/.
+        level: resolution of the level to train; 0 trains all.
+        out: run folder; runs/NAME by default.
+        resume: go on from the run folder's checkpoints.
+        joint: train all levels side by side, a step of each in turn.
+        dry_run: print the resolved configuration and stop.
+        overrides: settings to change, section.key=value.
+    """
+    settings = configuration.load(config, overrides)
+    if dry_run:
+        print(configuration.to_toml(settings.at_level(level) if level else settings), end="")
+        return
+    resolutions = [level] if level else list(settings.model.resolutions)
+    run = out or Path("runs") / settings.name
+    training.train_levels(settings, resolutions, run, resume=resume, joint=joint)
+
+
+@app.command
+def extend(
+    run: Run,
+    resolution: int,
+    out: Path | None = None,
+    resume: bool = False,
+    overrides: Overrides = (),
+) -> None:
+    """Add the next finest level to a trained model, and train that level alone.
+
+    Args:
+        run: a trained run.
+        resolution: of the new level, twice the finest one's.
+        out: run folder for the larger model (the old levels are copied); RUN by default.
+        resume: go on from the new level's checkpoint.
+        overrides: settings of the new level, section.key=value; the others are the finest level's.
+    """
+    settings = checkpoint.extended_config(run, resolution, overrides)
+    if out is not None and not (resume and out.exists()):
+        checkpoint.assemble([run], out)
+    training.train_levels(settings, [resolution], out or run, resume=resume)
+
+
+@app.command
+def evaluate(
+    run: Run,
+    data: str = "",
+    split: str = "test",
+    limit: int | None = None,
+    draws: int | None = None,
+    batch: int | None = None,
+    convergence: bool = False,
+    json: Path | None = None,
+    device: str = "auto",
+    overrides: Overrides = (),
+) -> None:
+    """Bits per dimension on test images, by level and in total, with standard errors.
+
+    Args:
+        run: a trained run.
+        data: name of the images; the training data's by default.
+        split: train, test or val.
+        limit: evaluate the first so many images; 0 for all.
+        draws: dequantisation draws per image.
+        batch: images solved together.
+        convergence: solve a subset again, more finely, to show that the digits hold.
+        json: file to write the numbers to.
+        device: auto, cpu, cuda, cuda:N.
+        overrides: settings to change, e.g. solver.steps=80 or data.root=DIR.
+    """
+    model = checkpoint.load(run, training.choose_device(device))
+    assignments = [f'data.name="{data}"'] if data else []
+    settings = checkpoint.finest_config(run, [*assignments, *overrides])
+    images = training.load_images(settings.data, model.config, split)
+    result = evaluation.evaluate(
+        model,
+        images,
+        limit=settings.evaluate.limit if limit is None else limit,
+        batch=batch or settings.evaluate.batch,
+        draws=draws or settings.evaluate.draws,
+        seed=settings.evaluate.seed,
+        solver=settings.solver if any(o.startswith("solver.") for o in overrides) else None,
+        trace=settings.trace if any(o.startswith("trace.") for o in overrides) else None,
+        progress=sys.stderr.isatty(),
+    )
+    if convergence:
+        result.convergence = evaluation.convergence(
+            model, images, batch=batch or settings.evaluate.batch, seed=settings.evaluate.seed
+        )
+    print(result)
+    if json is not None:
+        checkpoint.write(json, result.to_json() + "\n")
+
+
+@app.command
+def sample(
+    run: Run,
+    n: int = 64,
+    out: Path = Path("samples.png"),
+    temperature: float = 1.0,
+    zoom: int = 2,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Draw images and write them as one grid.
+
+    Args:
+        run: a trained run.
+        n: number of images.
+        out: PNG file.
+        temperature: standard deviation of the latent noise.
+        zoom: show each pixel as a square of this side.
+        seed: of the noise.
+        device: auto, cpu, cuda, cuda:N.
+    """
+    model = checkpoint.load(run, training.choose_device(device))
+    generator = torch.Generator(model.device).manual_seed(seed)
+    images = model.sample(n, temperature=temperature, generator=generator)
+    data.save_image(out, plot.grid(images, zoom=zoom))
+    print(out)
+
+
+@app.command
+def upscale(
+    run: Run,
+    images: tyro.conf.Positional[tuple[Path, ...]],
+    out: Path,
+    level: int = 0,
+    draws: int = 4,
+    temperature: float = 1.0,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Draw the finest images of which the given ones are averages.
+
+    Args:
+        run: a trained run.
+        images: image files.
+        out: folder for NAME-draw-K.png and NAME-panel.png.
+        level: first reduce the images to this level's resolution (the panel then shows them as
+            the truth); 0 takes the largest level that the image's size allows.
+        draws: samples per image.
+        temperature: standard deviation of the latent noise.
+        seed: of the noise.
+        device: auto, cpu, cuda, cuda:N.
+    """
+    if not images:
+        raise UserError("no image to upscale; name at least one image file")
+    model = checkpoint.load(run, training.choose_device(device))
+    for path in images:
+        for line in demonstration.upscale_file(
+            model, path, out, level=level, draws=draws, temperature=temperature, seed=seed
+        ):
+            print(line)
+
+
+@app.command
+def assemble(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path) -> None:
+    """Copy levels that were trained in different run folders into one.
+
+    Args:
+        runs: run folders whose levels belong together.
+        out: run folder to make.
+    """
+    print(f"{out}: levels {', '.join(map(str, checkpoint.assemble(runs, out)))}")
+
+
+@app.command
+def info(run: Run) -> None:
+    """What a run holds: levels, sizes, training, data.
+
+    Args:
+        run: a run folder.
+    """
+    for resolution, metadata in checkpoint.describe(run).items():
+        weights = checkpoint.level_folder(run, resolution) / checkpoint.WEIGHTS
+        field = ", ".join(f"{key} {value}" for key, value in metadata["field"].items())
+        print(
+            f"level {resolution}: {metadata['parameters']:,} parameters ({field}); "
+            f"{metadata['objective']}, step {metadata['step']} of {metadata['steps']}, "
+            f"{metadata['seconds'] / 60:.1f} min; {metadata['data_name']} "
+            f"(sha256 {metadata['data'][:12]}…); {weights.stat().st_size / 1e6:.1f} MB"
+        )
+
+
+@app.command
+def check(json: Path | None = None) -> None:
+    """Prove the numerics on this machine, in seconds.
+
+    Args:
+        json: file to write the findings to.
+    """
+    findings = []
+    for finding in checks.run():
+        findings.append(finding)
+        verdict = "ok    " if finding.holds else "FAILED"
+        print(f"{verdict} {finding.claim}: {finding.measured:.2g} (bound {finding.bound:.0e})")
+    if json is not None:
+        checkpoint.write(json, dumps([finding._asdict() for finding in findings], indent=2))
+    if not all(finding.holds for finding in findings):
+        raise RuntimeError("a numerical check failed on this machine; please report its line")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line: exit status 0, 2 for the user's mistakes, 1 for anything else."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app.cli(
+            prog="mrcnf",
+            description="Multi-resolution continuous normalizing flows.",
+            args=gather_overrides(arguments),
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except UserError as error:
+        _fail(str(error), 2)
+    except (SolverError, training.TrainingError) as error:
+        _fail(str(error), 1)
+    except torch.OutOfMemoryError as error:
+        _fail(f"out of memory: halve train.batch, or double train.micro_batches ({error})", 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+
+
+def gather_overrides(arguments: list[str]) -> list[str]:
+    """Move `section.key=value`, `--section.key=value` and `--section.key value` behind one flag.
+
+    Section names contain no slash and no capital, so paths such as ./a.png are left alone.
+    """
+    rest, overrides = [], []
+    pending = iter(arguments)
+    for argument in pending:
+        if re.fullmatch(r"(--)?[a-z_]+(\.[a-z0-9_-]+)+=.*", argument, flags=re.DOTALL):
+            overrides.append(argument.removeprefix("--"))
+        elif re.fullmatch(r"--[a-z_]+(\.[a-z0-9_-]+)+", argument):
+            value = next(pending, None)
+            if value is None:
+                _fail(f"{argument} needs a value", 2)
+            overrides.append(f"{argument.removeprefix('--')}={value}")
+        else:
+            rest.append(argument)
+    return [*rest, "--overrides", *overrides] if overrides else rest
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f"mrcnf: {message}", file=sys.stderr)
+    raise SystemExit(status)

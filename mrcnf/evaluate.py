@@ -1,0 +1,252 @@
+"""Bits per dimension with their error, and the proof that the digits hold."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mrcnf import pixels
+from mrcnf.data import Images
+from mrcnf.errors import UserError
+from mrcnf.flow import Trace
+from mrcnf.model import Level, MultiResolutionFlow
+from mrcnf.solve import Solver
+
+
+@dataclass
+class LevelReport:
+    """One level's part of the bits."""
+
+    resolution: int
+    bpd: float
+    """Its share of the total, in bits per dimension of the finest image; shares add up."""
+    bpd_stderr: float
+    nfe: float
+    """Evaluations of the velocity per solve, mean over batches."""
+    rejected: float
+    """Rejected steps per solve, mean over batches."""
+    solver: str
+
+
+@dataclass
+class Evaluation:
+    """What the model is worth on some images."""
+
+    data: str
+    images: int
+    bpd: float
+    """Mean over images of the lower bound's bits per dimension."""
+    bpd_stderr: float
+    """Standard error over images (over source photographs where the data know them)."""
+    levels: list[LevelReport]
+    draws: int
+    trace: str
+    solver: str
+    seconds: float
+    convergence: list[dict[str, Any]] = field(default_factory=list)
+    """The same noise and probes on a subset, solved more and more finely."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    def __str__(self) -> str:
+        rows = [f"{self.bpd:.4f} ± {self.bpd_stderr:.4f} bits/dim on {self.images} images of {self.data}"]
+        for level in self.levels:
+            rows.append(
+                f"  level {level.resolution:4d}: {level.bpd:.4f} ± {level.bpd_stderr:.4f}"
+                f"   NFE {level.nfe:.0f}   {level.solver}"
+            )
+        rows.append(f"  {self.draws} noise draw(s), trace {self.trace}, {self.seconds:.1f} s")
+        for row in self.convergence:
+            rows.append(
+                f"  {row['solver']:<40} {row['bpd']:.5f}  {row['difference']:+.5f}"
+                f" ± {row['difference_stderr']:.5f}"
+            )
+        return "\n".join(rows)
+
+
+def evaluate(
+    model: MultiResolutionFlow,
+    images: Images,
+    *,
+    limit: int = 0,
+    batch: int = 100,
+    draws: int = 1,
+    seed: int = 0,
+    solver: Solver | None = None,
+    trace: Trace | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Bits per dimension of the images under the model, by level, with standard errors.
+
+    Args:
+        limit: evaluate the first so many; 0 evaluates all.
+        batch: images solved together.
+        draws: dequantisation draws per image, averaged.
+        seed: of noise and probes; batch b and draw d have a seed of their own, so numbers
+            compare between solvers.
+        solver, trace: instead of the levels' own.
+    """
+    if limit:
+        images = Images(
+            images.pixels[:limit],
+            images.name,
+            images.split,
+            None if images.groups is None else images.groups[:limit],
+        )
+    if len(images) < 2:
+        raise UserError(f"{images.name} has {len(images)} images to evaluate; at least 2 are needed")
+    started = time.perf_counter()
+    bits, costs = _bits(
+        model, images.pixels, batch, draws, seed, solver, trace, progress=progress
+    )
+    reports = []
+    for i, level in enumerate(model):
+        mean, error = mean_and_error(bits[i], images.groups)
+        evaluations, rejected = costs[i]
+        reports.append(
+            LevelReport(level.resolution, mean, error, evaluations, rejected,
+                        str(solver or level.solver))  # fmt: skip
+        )
+    mean, error = mean_and_error(bits.sum(0), images.groups)
+    return Evaluation(
+        data=f"{images.name} {images.split}",
+        images=len(images),
+        bpd=mean,
+        bpd_stderr=error,
+        levels=reports,
+        draws=draws,
+        trace=_common(str(trace or level.trace) for level in model),
+        solver=_common(report.solver for report in reports),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def convergence(
+    model: MultiResolutionFlow,
+    images: Images,
+    *,
+    limit: int = 100,
+    batch: int = 100,
+    seed: int = 0,
+    refinements: int = 2,
+) -> list[dict[str, Any]]:
+    """Solve a subset again with twice the steps (a tenth of the tolerances), repeatedly.
+
+    Noise and probes are the same throughout, so the differences are the solver's alone; their
+    standard errors are over images. Rows: solver, bpd, difference from the row before.
+    """
+    rows: list[dict[str, Any]] = []
+    before: Tensor | None = None
+    solvers: dict[int, Solver] = {level.resolution: level.solver for level in model}
+    for _ in range(refinements + 1):
+        bits, costs = _bits(model, images.pixels[:limit], batch, 1, seed, solvers, None)
+        total = bits.sum(0)
+        difference = torch.zeros_like(total) if before is None else total - before
+        mean, error = mean_and_error(difference, None)
+        rows.append(
+            {
+                "solver": _common(str(solvers[level.resolution]) for level in model),
+                "bpd": float(total.mean()),
+                "difference": mean,
+                "difference_stderr": error,
+                "levels": bits.mean(1).tolist(),
+                "nfe": [evaluations for evaluations, _ in costs],
+                "images": len(total),
+            }
+        )
+        before = total
+        solvers = {resolution: solver.finer() for resolution, solver in solvers.items()}
+    return rows
+
+
+def mean_and_error(values: Tensor, groups: Tensor | None) -> tuple[float, float]:
+    """Mean and standard error of (N,) values; by groups where images share a source.
+
+    With groups the error is that of a ratio of group sums (the linearised bootstrap over
+    photographs), because crops of one photograph are correlated. It needs at least 8 groups
+    to mean anything; with fewer, images count as independent.
+    """
+    values = values.double()
+    mean = values.mean()
+    if groups is None or len(groups.unique()) < 8:
+        return float(mean), float(values.std() / math.sqrt(len(values)))
+    _, index = groups.unique(return_inverse=True)
+    sums = torch.zeros(int(index.max()) + 1, dtype=torch.float64)
+    sums.index_add_(0, index, values - mean)
+    g = len(sums)
+    return float(mean), float((sums.square().sum() * g / (g - 1)).sqrt() / len(values))
+
+
+@torch.no_grad()
+def _bits(
+    model: MultiResolutionFlow,
+    images: Tensor,
+    batch: int,
+    draws: int,
+    seed: int,
+    solver: Solver | dict[int, Solver] | None,
+    trace: Trace | None,
+    progress: bool = False,
+) -> tuple[Tensor, list[tuple[float, float]]]:
+    """Bits per (finest) dimension by level and image, and mean NFE and rejections by level."""
+    resolutions = model.resolutions
+    batches = images.split(batch)
+    bits = torch.zeros(len(resolutions), len(images), dtype=torch.float64)
+    costs = torch.zeros(len(resolutions), 2, dtype=torch.float64)
+    bar = tqdm(total=len(images) * draws, desc="evaluate", unit="image", disable=not progress)
+    first = 0
+    for b, chunk in enumerate(batches):
+        for draw in range(draws):
+            generator = torch.Generator(model.device).manual_seed(
+                seed * 1_000_003 + b * 1009 + draw
+            )
+            parts = model.log_probs_by_level(
+                chunk, generator=generator, solver=solver, trace=trace
+            )
+            for i, part in enumerate(parts.values()):
+                level_bits = pixels.bits_per_dim(part.log_prob.double().cpu(), model.config.dims)
+                bits[i, first : first + len(chunk)] += level_bits / draws
+                cost = part.statistics
+                costs[i] += torch.tensor([cost.evaluations, cost.rejected], dtype=torch.float64)
+            bar.update(len(chunk))
+        first += len(chunk)
+    bar.close()
+    mean_costs = (costs / (len(batches) * draws)).tolist()
+    return bits, [(nfe, rejected) for nfe, rejected in mean_costs]
+
+
+@torch.no_grad()
+def level_bits(
+    level: Level,
+    images: Tensor,
+    *,
+    batch: int = 100,
+    seed: int = 0,
+    solver: Solver | None = None,
+    trace: Trace | None = None,
+) -> Tensor:
+    """One level's share of the bits per finest dimension, (N,), without the other levels."""
+    device, model, bits = level.mean.device, level.model, []
+    for b, chunk in enumerate(images.split(batch)):
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + b)
+        x, log_q = pixels.dequantise(
+            chunk.to(device), nbits=model.nbits, kind=model.dequantisation, generator=generator
+        )
+        flow = level.log_prob(x, solver=solver, trace=trace, generator=generator)
+        log_prob = pixels.log_prob_of_integers(
+            flow.log_prob, level.dims / model.dims * log_q, level.dims, model.nbits
+        )
+        bits.append(pixels.bits_per_dim(log_prob, model.dims).cpu())
+    return torch.cat(bits).double()
+
+
+def _common(texts: Any) -> str:
+    return " | ".join(dict.fromkeys(texts))

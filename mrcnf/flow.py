@@ -1,0 +1,167 @@
+"""One continuous flow: velocity fields, a solver and a normal base density.
+
+    dy/dt = f(t, y | coarse),  t = 0 data, t = 1 standard normal
+    log p(y_0) = log N(y_1; 0, I) + ∫ tr(∂f/∂y) dt                 (FFJORD, eq. 3)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mrcnf import trace as tracing
+from mrcnf.errors import UserError
+from mrcnf.solve import Solver, State, Statistics, solve
+from mrcnf.velocity import Conditioned, Field
+
+
+@dataclass(frozen=True)
+class Trace:
+    """How to measure divergence; checked when it is made."""
+
+    method: str = "hutchinson"
+    """exact, hutchinson or hutch++."""
+    probes: int = 1
+    """Random probes, fixed for a whole solve (the exact trace needs none)."""
+    kind: str = "rademacher"
+    """rademacher or gaussian."""
+
+    def __post_init__(self) -> None:
+        if self.method not in tracing.METHODS:
+            raise UserError(
+                f"trace method {self.method!r}: choose one of {', '.join(tracing.METHODS)}"
+            )
+        if self.kind not in tracing.PROBES:
+            raise UserError(f"trace kind {self.kind!r}: choose one of {', '.join(tracing.PROBES)}")
+        if self.probes < 1:
+            raise UserError(f"trace probes must be at least 1, got {self.probes}")
+
+    def __str__(self) -> str:
+        return "exact" if self.method == "exact" else f"{self.method}, {self.probes} {self.kind}"
+
+
+@dataclass
+class FlowResult:
+    """What a solve from data to noise tells."""
+
+    log_prob: Tensor
+    """(N,) nats."""
+    latent: Tensor
+    """The point reached at t = 1, shaped as y."""
+    statistics: Statistics
+    kinetic: Tensor | None = None
+    """(N,): ∫ mean_d f_d² dt, summed over blocks (Finlay et al. 2020)."""
+    frobenius: Tensor | None = None
+    """(N,): ∫ ‖∂f/∂y‖²_F / D dt, estimated, summed over blocks (Finlay et al. 2020)."""
+
+
+class ContinuousFlow(nn.Module):
+    """A stack of velocity fields, each integrated over t ∈ [0, 1].
+
+    Args:
+        fields: the velocity fields, the first nearest to the data.
+        name: what to call this flow in messages.
+
+    >>> from mrcnf.velocity import PaperField
+    >>> flow = ContinuousFlow([PaperField(1)])          # a zero field: the identity
+    >>> result = flow.log_prob(torch.zeros(2, 1, 4, 4), solver=Solver(steps=2))
+    >>> torch.allclose(result.log_prob, torch.tensor(-8 * math.log(2 * math.pi)))
+    True
+    """
+
+    def __init__(self, fields: Sequence[Field], name: str = "flow") -> None:
+        super().__init__()
+        self.fields = nn.ModuleList(fields)
+        self.name = name
+
+    def log_prob(
+        self,
+        y: Tensor,
+        coarse: Tensor | None = None,
+        *,
+        solver: Solver | None = None,
+        trace: Trace | None = None,
+        start: float = 0.0,
+        end: float = 1.0,
+        regularise: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> FlowResult:
+        """Log-density of y (N, C, H, W), given the coarse image if the fields take one.
+
+        Args:
+            start: time at which y lies on the first field's path (its data end is 0).
+            end: time at which the path ends (STEER moves it in training, for each block).
+            regularise: integrate kinetic energy and Frobenius norm too.
+            generator: for the probes, on the device of y.
+
+        Raises:
+            SolverError: the solve failed.
+        """
+        solver, trace = solver or Solver(), trace or Trace()
+        dims = math.prod(y.shape[1:])
+        # Integrals are carried per dimension, so tolerances mean nats per dimension.
+        totals = [y.new_zeros(len(y)) for _ in range(3 if regularise else 1)]
+        statistics = Statistics()
+        for i, field in enumerate(self.fields):
+            probes = tracing.draw_probes(
+                y, trace.probes, method=trace.method, kind=trace.kind, generator=generator
+            )
+            velocity = Conditioned(field, coarse)  # type: ignore[arg-type]
+
+            def dynamics(
+                t: Tensor,
+                state: State,
+                velocity: Conditioned = velocity,
+                probes: Tensor | None = probes,
+            ) -> State:
+                value, divergence, frobenius = tracing.estimate(
+                    velocity, t, state[0], trace.method, probes
+                )
+                rates = [divergence / dims]
+                if regularise:
+                    rates += [value.square().flatten(1).mean(1), frobenius / dims]
+                return (value, *rates)
+
+            parameters = field.run_parameters()  # type: ignore[operator]
+            if velocity.context is not None:
+                parameters.append(velocity.context)
+            (y, *totals), cost = solve(
+                dynamics,
+                (y, *totals),
+                solver,
+                start if i == 0 else 0.0,
+                end,
+                parameters=parameters,
+                label=self.name,
+                check=not self.training,
+            )
+            statistics = statistics + cost
+        normal = -0.5 * (y.square().flatten(1).sum(1) + dims * math.log(2 * math.pi))
+        return FlowResult(normal + dims * totals[0], y, statistics, *totals[1:])
+
+    def transport(
+        self,
+        y: Tensor,
+        coarse: Tensor | None = None,
+        *,
+        backwards: bool = False,
+        solver: Solver | None = None,
+        start: float = 0.0,
+    ) -> Tensor:
+        """Carry y (N, C, H, W) from data to noise, or backwards, without its density."""
+        order = list(enumerate(self.fields))
+        for i, field in reversed(order) if backwards else order:
+            velocity = Conditioned(field, coarse)  # type: ignore[arg-type]
+            ends = (start if i == 0 else 0.0, 1.0)
+            (y,), _ = solve(
+                lambda t, state, v=velocity: (v(t, state[0]),),  # type: ignore[misc]
+                (y,),
+                solver or Solver(),
+                *(reversed(ends) if backwards else ends),
+                label=self.name,
+            )
+        return y

@@ -1,0 +1,126 @@
+"""What a level is trained on: maximum likelihood, or flow matching.
+
+Both take a level and dequantised images at the finest resolution and return a loss to
+minimise, in a form that needs one backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mrcnf import pixels
+from mrcnf.errors import UserError
+from mrcnf.flow import Trace
+from mrcnf.model import Level
+from mrcnf.solve import Solver
+
+OBJECTIVES = ("flow-matching", "likelihood")
+TIMES = ("mixed", "uniform", "log-uniform")
+SHORTEST_TIME = 1e-3
+
+
+def likelihood(
+    level: Level,
+    x: Tensor,
+    log_q: Tensor,
+    *,
+    solver: Solver,
+    trace: Trace,
+    kinetic: float = 0.01,
+    frobenius: float = 0.01,
+    steer: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The level's bits per (own) dimension, plus the regularisers of RNODE.
+
+    Args:
+        x, log_q: dequantised images (N, C, H, W) and their log q (N,), from `pixels`.
+        kinetic, frobenius: weights of ∫ mean f² dt and ∫ ‖∂f/∂y‖²_F / D dt
+            (Finlay et al. 2020, eq. 11).
+        steer: half-width of the uniform jitter of the end time (Ghosh et al. 2020); one draw
+            per call.
+
+    Returns:
+        the loss, a scalar, and its detached parts: `bpd`, `kinetic`, `frobenius`.
+    """
+    end = 1.0
+    if steer:
+        jitter = torch.rand((), generator=generator, device=x.device).item()
+        end = 1.0 + steer * (2 * jitter - 1)
+    regularise = bool(kinetic or frobenius)
+    result = level.log_prob(
+        x, solver=solver, trace=trace, end=end, regularise=regularise, generator=generator
+    )
+    share = level.dims / level.model.dims * log_q
+    log_prob = pixels.log_prob_of_integers(result.log_prob, share, level.dims, level.model.nbits)
+    bpd = pixels.bits_per_dim(log_prob, level.dims).mean()
+    parts = {"bpd": bpd.detach()}
+    loss = bpd
+    if regularise:
+        assert result.kinetic is not None and result.frobenius is not None
+        parts |= {"kinetic": result.kinetic.mean(), "frobenius": result.frobenius.mean()}
+        loss = loss + kinetic * parts["kinetic"] + frobenius * parts["frobenius"]
+    return loss, {name: part.detach() for name, part in parts.items()}
+
+
+def flow_matching(
+    level: Level,
+    x: Tensor,
+    *,
+    clean: Tensor | None = None,
+    times: str = "mixed",
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean squared error of the velocity along straight paths from data to noise.
+
+    y_t = (1-t)·y + t·z, and f(t, y_t) regresses on z - y (Lipman et al. 2023, eq. 23, with
+    the data at t = 0). Its minimiser transports the data's distribution to the normal.
+
+    With Gaussian dequantisation the data are themselves points of such paths, at t = t_s:
+    then `clean`, the images at their cells' centres, supplies y, times start at t_s, and the
+    noisy x supplies the coarse image.
+
+    Args:
+        x: dequantised images (N, C, H, W).
+        clean: images at the centres of their cells; needed when the level starts late.
+        times: distribution of t: "uniform", "log-uniform" down to 1e-3, or "mixed": half each.
+
+    Returns:
+        the loss, a scalar, and no further parts.
+    """
+    values, coarse = level.coefficients(x)
+    start = level.start_time
+    if start:
+        assert clean is not None, "a level that starts late is matched on clean images"
+        values, _ = level.coefficients(clean)
+    y, _ = level.standardise(values)
+    if start:
+        y = y / (1 - start)  # undo the shrinking: y_t below does it
+    t = draw_times(len(y), times, start, y, generator)
+    z = torch.randn(y.shape, generator=generator, device=y.device, dtype=y.dtype)
+    at = t[:, None, None, None]
+    predicted = level.flow.fields[0](t, torch.lerp(y, z, at), level.condition(coarse))
+    return (predicted - (z - y)).square().mean(), {}
+
+
+def draw_times(
+    n: int, kind: str, start: float, like: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
+    """n times in [start, 1], stratified over the batch."""
+    if kind not in TIMES:
+        raise UserError(f"unknown distribution of times {kind!r}; choose one of {', '.join(TIMES)}")
+    order = torch.randperm(n, generator=generator, device=like.device)
+    jitter = torch.rand(n, generator=generator, device=like.device, dtype=like.dtype)
+    quantile = (order.to(like.dtype) + jitter) / n
+    uniform = start + (1 - start) * quantile
+    if kind == "uniform":
+        return uniform
+    low = math.log(max(start, SHORTEST_TIME))
+    log_uniform = (low * (1 - quantile)).exp()
+    if kind == "log-uniform":
+        return log_uniform
+    alternate = torch.arange(n, device=like.device) % 2 == 0
+    return torch.where(alternate, uniform, log_uniform)

@@ -1,0 +1,510 @@
+"""Training one level: one loop, one process per level (or several with torchrun).
+
+Every random number of a step comes from a generator seeded by (seed, level, step, piece of
+the batch), so a resumed run, and a run on K processes, continue as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from mrcnf import checkpoint, data, objectives, pixels
+from mrcnf.config import Config, DataConfig, to_table, to_toml
+from mrcnf.data import Images
+from mrcnf.errors import UserError
+from mrcnf.model import Level, ModelConfig
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to try."""
+
+
+def load_images(settings: DataConfig, model: ModelConfig, split: str) -> Images:
+    """The images of a configuration at the model's finest resolution, of the right channels."""
+    images = data.load(
+        settings.name,
+        split,
+        root=settings.root,
+        resolution=model.finest,
+        limit=settings.limit or None,
+        download=settings.download,
+    )
+    match_model(model, images)
+    return images
+
+
+def train_levels(
+    config: Config,
+    resolutions: Sequence[int],
+    run: Path,
+    *,
+    resume: bool = False,
+    joint: bool = False,
+    progress: bool = True,
+) -> None:
+    """Train levels into a run folder, one after another or a step of each in turn.
+
+    Levels share neither parameters nor gradients, so `joint` gives the same weights.
+    SIGTERM and Ctrl-C end it after a checkpoint.
+    """
+    with processes(config), stop_on_signal() as stop:
+        images = load_images(config.data, config.model, "train")
+        trainers = (Trainer(config, r, images, run, resume) for r in resolutions)
+        if joint:
+            together = list(trainers)
+            while not stop() and (unfinished := [t for t in together if not t.finished]):
+                for trainer in unfinished:
+                    trainer.advance()
+            for trainer in together:
+                trainer.run(stop=lambda: True)  # checkpoint what was stopped
+        else:
+            for trainer in trainers:
+                trainer.run(progress=progress, stop=stop)
+                if stop():
+                    break
+        if stop():
+            raise KeyboardInterrupt
+
+
+def prepare_level(config: Config, resolution: int, images: Images) -> Level:
+    """An untrained level, standardised on the training images, on the CPU."""
+    model = match_model(config.model, images)
+    generator = torch.Generator().manual_seed(_seed(config.train.seed, resolution, "weights"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        level = Level(model, resolution, config.field, config.solver, config.trace)
+    chosen = torch.randperm(len(images), generator=generator)[:4096]
+    x, _ = pixels.dequantise(
+        images.pixels[chosen], nbits=model.nbits, kind=model.dequantisation, generator=generator
+    )
+    level.fit_standardisation(x)
+    return level
+
+
+def match_model(model: ModelConfig, images: Images) -> ModelConfig:
+    """The model's configuration with the data's channels; a UserError where they disagree."""
+    _, channels, height, width = images.pixels.shape
+    if model.channels not in (0, channels):
+        raise UserError(
+            f"{images.name} has {channels} channel(s) but model.channels is {model.channels}"
+        )
+    if (height, width) != (model.finest, model.finest):
+        raise UserError(
+            f"{images.name} images are {height}×{width} but the finest of model.resolutions is "
+            f"{model.finest}"
+        )
+    return dataclasses.replace(model, channels=channels)
+
+
+class Objective(nn.Module):
+    """From a piece of a batch to its loss; a module, so that DistributedDataParallel wraps it."""
+
+    def __init__(self, level: Level, config: Config) -> None:
+        super().__init__()
+        self.level, self.config = level, config
+
+    def forward(
+        self, images: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        train, model = self.config.train, self.level.model
+        images = augment(images, train.flip, train.crop, generator)
+        x, log_q = pixels.dequantise(
+            images, nbits=model.nbits, kind=model.dequantisation, generator=generator
+        )
+        low_precision = torch.autocast(
+            x.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"
+        )
+        with low_precision:
+            if train.objective == "flow-matching":
+                clean = ((images >> (8 - model.nbits)) + 0.5) / 2**model.nbits
+                return objectives.flow_matching(
+                    self.level, x, clean=clean, times=train.times, generator=generator
+                )
+            return objectives.likelihood(
+                self.level,
+                x,
+                log_q,
+                solver=self.config.train_solver,
+                trace=self.config.train_trace,
+                kinetic=train.kinetic,
+                frobenius=train.frobenius,
+                steer=train.steer,
+                generator=generator,
+            )
+
+
+def augment(images: Tensor, flip: bool, crop: int, generator: torch.Generator) -> Tensor:
+    """Mirror each image with probability 1/2, and cut one random window for the whole batch."""
+    if flip:
+        mirrored = torch.rand(len(images), generator=generator, device=images.device) < 0.5
+        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    side = images.shape[-1]
+    if crop and crop < side:
+        host = torch.Generator().manual_seed(generator.initial_seed())
+        top, left = torch.randint(0, side - crop + 1, (2,), generator=host).tolist()
+        images = images[..., top : top + crop, left : left + crop]
+    return images
+
+
+class Trainer:
+    """One level's training: `step` it, `save` it; `run` does both to the end."""
+
+    def __init__(
+        self, config: Config, resolution: int, images: Images, run: Path, resume: bool = False
+    ) -> None:
+        config = config.at_level(resolution)
+        self.config, self.resolution, self.train = config, resolution, config.train
+        self.folder = checkpoint.level_folder(run, resolution)
+        self.rank, self.world = _rank_and_world()
+        if self.train.micro_batches % self.world:
+            raise UserError(
+                f"train.micro_batches is {self.train.micro_batches}: make it a multiple of the "
+                f"{self.world} processes"
+            )
+        self.device = choose_device(self.train.device)
+        self.data_hash = images.sha256
+        if self.rank == 0:
+            self._claim_folder(resume)
+        self.level = prepare_level(config, resolution, images).to(self.device).train()
+        self._check_crop()
+        if self.train.compile:
+            for field in self.level.flow.fields:
+                field.compile()
+        objective = Objective(self.level, config)
+        self.objective = DistributedDataParallel(objective) if self.world > 1 else objective
+        self.images = images.pixels.to(self.device)
+        self.parameters = list(self.level.parameters())
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.optimizer = torch.optim.Adam(
+            self.parameters, lr=self.train.learning_rate, fused=True, betas=(0.9, 0.99)
+        )
+        self.step_number, self.saved_step = 0, -1
+        self.seconds = 0.0
+        self.logged = (0, 0.0)  # step and seconds of the last line
+        self.board = self._tensorboard()
+        # Kept on the device, so that no step waits for it: steps skipped in all, in a row now,
+        # and in a row at the worst.
+        self.skipped = torch.zeros(3, device=self.device)
+        self.order = torch.empty(0, dtype=torch.long)
+        self.epoch = -1
+        if resume and (self.folder / checkpoint.STATE).exists():
+            self._restore()
+
+    def step(self) -> dict[str, Tensor]:
+        """One optimiser step; returns detached scalars on the device."""
+        train, pieces = self.train, self.train.micro_batches
+        indices = self._batch_indices().chunk(pieces)
+        self.optimizer.zero_grad(set_to_none=True)
+        mine = range(self.rank, pieces, self.world)
+        sums: dict[str, Tensor] = {}
+        for piece in mine:
+            generator = torch.Generator(self.device).manual_seed(
+                _seed(train.seed, self.resolution, f"{self.step_number}/{piece}")
+            )
+            batch = self.images[indices[piece].to(self.device)]
+            wait = piece != mine[-1] and isinstance(self.objective, DistributedDataParallel)
+            with self.objective.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
+                loss, parts = self.objective(batch, generator)
+                (loss / len(mine)).backward()
+            for name, value in {"loss": loss.detach(), **parts}.items():
+                sums[name] = sums.get(name, 0) + value / len(mine)
+        norm = self._apply()
+        self.step_number += 1
+        return sums | {"gradient_norm": norm}
+
+    def _apply(self) -> Tensor:
+        """Clip, skip if exploding, update weights and their average; all without waiting."""
+        train = self.train
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        torch._foreach_mul_(gradients, (train.clip / (norm + 1e-12)).clamp(max=1.0))
+        bad = (~norm.isfinite() | (norm > train.skip_above)).float()
+        in_a_row = (self.skipped[1] + 1) * bad
+        self.skipped = torch.stack(
+            (self.skipped[0] + bad, in_a_row, torch.maximum(self.skipped[2], in_a_row))
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # the fused kernel skips on it
+        self.optimizer.step()
+        decay = min(train.ema, (1 + self.step_number) / (10 + self.step_number))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        return norm
+
+    @property
+    def finished(self) -> bool:
+        return self.step_number >= self.train.steps
+
+    def advance(self) -> dict[str, float] | None:
+        """A step, with the log line and the checkpoint when they are due; returns the line."""
+        started = time.perf_counter()
+        metrics = self.step()
+        row = None
+        if self.step_number % self.train.log_every == 0 or self.finished:
+            row = {name: float(value) for name, value in metrics.items()}  # waits for the device
+        self.seconds += time.perf_counter() - started
+        if row is not None:
+            self._log(row)
+        if self.step_number % self.train.checkpoint_every == 0 or self.finished:
+            self.save()
+        return row
+
+    def run(self, *, progress: bool = True, stop: Callable[[], bool] = lambda: False) -> None:
+        """Train to the last step or until `stop()`, and leave a checkpoint."""
+        bar = tqdm(
+            total=self.train.steps,
+            initial=self.step_number,
+            desc=f"level {self.resolution}",
+            unit="step",
+            disable=not progress or self.rank > 0,
+            mininterval=0.5,
+            dynamic_ncols=True,
+        )
+        with bar:
+            while not self.finished and not stop():
+                row = self.advance()
+                bar.update()
+                if row is not None:
+                    rate, loss = row["images_per_s"], row["loss"]
+                    bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
+        if self.saved_step != self.step_number:
+            self.save()
+
+    def finished_level(self) -> Level:
+        """The level with its averaged weights, in eval mode, on the training device."""
+        level = Level(
+            self.level.model, self.resolution, self.config.field, self.config.solver,
+            self.config.trace,
+        )  # fmt: skip
+        level.load_state_dict(self._averaged_state())
+        return level.to(self.device).eval()
+
+    def save(self) -> None:
+        """Write the level for use and the state for resuming (rank 0 only)."""
+        if self.rank > 0:
+            return
+        tensors = {f"level.{k}": v for k, v in self.level.state_dict().items()}
+        for i, (parameter, average) in enumerate(zip(self.parameters, self.average, strict=True)):
+            tensors[f"average.{i}"] = average
+            for name, value in self.optimizer.state[parameter].items():
+                tensors[f"adam.{i}.{name}"] = value
+        tensors["skipped"] = self.skipped
+        self.saved_step = self.step_number
+        state = self.folder / checkpoint.STATE
+        progress = {"step": self.step_number, "seconds": self.seconds, "data": self.data_hash}
+        if state.exists():
+            state.replace(self.folder / checkpoint.PREVIOUS)
+        checkpoint.write_tensors(state, tensors, {**progress, "config": to_table(self.config)})
+        extra = {
+            **progress,
+            "steps": self.train.steps,
+            "objective": self.train.objective,
+            "data_name": self.config.data.name,
+            "parameters": sum(p.numel() for p in self.parameters),
+        }
+        checkpoint.save_level(self.folder, self.level, self._averaged_state(), extra)
+
+    def _averaged_state(self) -> dict[str, Tensor]:
+        state = dict(self.level.state_dict())
+        if self.train.ema:
+            names = [name for name, _ in self.level.named_parameters()]
+            state |= dict(zip(names, self.average, strict=True))
+        return state
+
+    def _restore(self) -> None:
+        path = self.folder / checkpoint.STATE
+        try:
+            tensors, metadata = checkpoint.read_tensors(path)
+        except UserError as error:
+            older = self.folder / checkpoint.PREVIOUS
+            hint = f"; an older one is at {older}: rename it to {path.name} to go on from there"
+            raise UserError(f"{error}{hint if older.exists() else ''}") from None
+        if metadata["data"] != self.data_hash:
+            raise UserError(f"{path} was trained on other images; resume with the same data")
+        then, now = metadata["config"], to_table(self.config)
+        for section in ("model", "field"):
+            if then[section] != now[section]:
+                raise UserError(
+                    f"{path} is a checkpoint of another model: its [{section}] is {then[section]}"
+                )
+        try:
+            self.level.load_state_dict(
+                {k[6:]: v for k, v in tensors.items() if k.startswith("level.")}
+            )
+            for i, (parameter, average) in enumerate(
+                zip(self.parameters, self.average, strict=True)
+            ):
+                average.copy_(tensors[f"average.{i}"])
+                moments = {
+                    name: tensors[f"adam.{i}.{name}"].to(self.device)
+                    for name in ("step", "exp_avg", "exp_avg_sq")
+                }
+                self.optimizer.state[parameter] = moments
+        except (RuntimeError, KeyError) as error:
+            raise UserError(f"{path} is a checkpoint of another model: {error}") from None
+        self.skipped = tensors["skipped"].to(self.device)
+        self.step_number, self.seconds = metadata["step"], metadata["seconds"]
+        self.saved_step, self.logged = self.step_number, (self.step_number, self.seconds)
+        if self.rank == 0:
+            log = self.folder / "metrics.jsonl"
+            lines = log.read_text().splitlines() if log.exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] <= self.step_number]
+            checkpoint.write(log, "".join(f"{line}\n" for line in kept))
+
+    def _claim_folder(self, resume: bool) -> None:
+        state = self.folder / checkpoint.STATE
+        if state.exists() and not resume:
+            raise UserError(
+                f"{self.folder} holds a training run already; add --resume to go on with it, or "
+                "choose another --out"
+            )
+        text = f'# trained on images with sha256 {self.data_hash}\n{to_toml(self.config)}'
+        checkpoint.write(self.folder / "config.toml", text)
+        if not resume:
+            checkpoint.write(self.folder / "metrics.jsonl", "")
+
+    def _check_crop(self) -> None:
+        crop, model = self.train.crop, self.level.model
+        unit = model.finest // self.resolution * (1 if self.level.is_base else 2)
+        if crop and (crop % unit or crop > model.finest):
+            raise UserError(
+                f"train.crop {crop} must be a multiple of {unit} and at most {model.finest} for "
+                f"level {self.resolution}"
+            )
+
+    def _batch_indices(self) -> Tensor:
+        """This step's images: each epoch is a fresh permutation of all of them."""
+        n, batch = len(self.images), self.train.batch
+        first = self.step_number * batch
+        chosen = []
+        for position in range(first, first + batch, max(1, min(n, batch))):
+            chosen.append(self._epoch_slice(position, min(n, batch)))
+        return torch.cat(chosen)[:batch]
+
+    def _epoch_slice(self, position: int, count: int) -> Tensor:
+        n = len(self.images)
+        epoch, offset = divmod(position, n)
+        if epoch != self.epoch:
+            seed = _seed(self.train.seed, 0, f"epoch {epoch}")
+            self.order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+            self.epoch = epoch
+        part = self.order[offset : offset + count]
+        if len(part) < count:
+            part = torch.cat((part, self._epoch_slice(position + len(part), count - len(part))))
+        return part
+
+    def _learning_rate(self) -> float:
+        train, step = self.train, self.step_number
+        rise = min(1.0, (step + 1) / max(1, train.warmup))
+        if train.schedule == "constant":
+            return train.learning_rate * rise
+        fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / train.steps)))
+        return train.learning_rate * rise * fall
+
+    def _log(self, row: dict[str, float]) -> None:
+        skipped, _, worst = self.skipped.tolist()
+        if worst >= self.train.max_skipped:
+            raise TrainingError(
+                f"level {self.resolution}, step {self.step_number}: {worst:.0f} steps in a row had a "
+                f"non-finite gradient or one above train.skip_above = {self.train.skip_above:g}; "
+                "lower train.learning_rate, lengthen train.warmup, or check the images"
+            )
+        step, seconds = self.logged
+        images = (self.step_number - step) * self.train.batch
+        row |= {
+            "learning_rate": self._learning_rate(),
+            "skipped": skipped,
+            "images_per_s": images / max(self.seconds - seconds, 1e-9),
+            "seconds": self.seconds,
+        }
+        self.logged = (self.step_number, self.seconds)
+        if self.rank > 0:
+            return
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": self.step_number} | row) + "\n")
+        if self.board is not None:
+            for name, value in row.items():
+                self.board.add_scalar(f"level-{self.resolution}/{name}", value, self.step_number)
+
+    def _tensorboard(self) -> Any:
+        if not self.train.tensorboard or self.rank > 0:
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "train.tensorboard needs the extra: pip install 'mrcnf[tensorboard]'"
+            ) from None
+        return SummaryWriter(str(self.folder))
+
+
+def choose_device(name: str) -> torch.device:
+    """The device by name; "auto" takes CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"device {name!r} was asked for, but PyTorch sees no CUDA device")
+        if device.index is None:
+            device = torch.device("cuda", int(_rank_and_world()[0]) % torch.cuda.device_count())
+    return device
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Within: SIGTERM and Ctrl-C no longer kill, the yielded function says whether one came."""
+    received: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda n, _: received.append(n))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def processes(config: Config) -> Iterator[None]:
+    """Join the process group when started by torchrun; leave it at the end."""
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        yield
+        return
+    on_gpu = config.train.device != "cpu" and torch.cuda.is_available()
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _rank_and_world() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _seed(seed: int, resolution: int, what: str) -> int:
+    digest = hashlib.blake2b(f"{seed}/{resolution}/{what}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

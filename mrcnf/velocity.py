@@ -1,0 +1,283 @@
+"""Velocity fields f(t, y | coarse): the networks that move pixels to noise.
+
+Every layer here works on a `Stack`: a value and, when a trace is wanted, K tangents that
+travel with it. A convolution is linear, so one call serves value and tangents alike; an
+activation gives act(y) and act'(y)·e. The plain forward pass is the case of no tangents, so
+a field is written once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mrcnf.errors import UserError
+
+
+class Stack(NamedTuple):
+    """A value (N, C, H, W) and its tangents (K, N, C, H, W), or None."""
+
+    value: Tensor
+    tangents: Tensor | None
+
+    def linear(self, f: Callable[[Tensor], Tensor], bias: Tensor | None = None) -> Stack:
+        """Apply a linear map to everything in one call; `bias` goes to the value alone."""
+        if self.tangents is None:
+            value = f(self.value)
+            return Stack(value if bias is None else value + bias, None)
+        k, n = self.tangents.shape[:2]
+        out = f(torch.cat((self.value, self.tangents.flatten(0, 1))))
+        value, tangents = out[:n], out[n:].unflatten(0, (k, n))
+        return Stack(value if bias is None else value + bias, tangents)
+
+    def pointwise(self, f: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Stack:
+        """Apply an element-wise function; f returns its values and its slopes."""
+        value, slope = f(self.value)
+        return Stack(value, None if self.tangents is None else slope * self.tangents)
+
+    def scale(self, factor: Tensor) -> Stack:
+        return Stack(self.value * factor, None if self.tangents is None else self.tangents * factor)
+
+    def shift(self, offset: Tensor) -> Stack:
+        return Stack(self.value + offset, self.tangents)
+
+    def add(self, other: Stack) -> Stack:
+        if self.tangents is None or other.tangents is None:
+            return Stack(self.value + other.value, None)
+        return Stack(self.value + other.value, self.tangents + other.tangents)
+
+
+class Conv(nn.Conv2d):
+    """A convolution on a stack."""
+
+    def forward(self, stack: Stack) -> Stack:  # type: ignore[override]
+        if stack.tangents is None:
+            return Stack(super().forward(stack.value), None)
+        assert self.bias is not None
+        return stack.linear(
+            lambda x: self._conv_forward(x, self.weight, None), self.bias[:, None, None]
+        )
+
+
+def softplus(x: Tensor) -> tuple[Tensor, Tensor]:
+    return F.softplus(x), torch.sigmoid(x)
+
+
+def silu(x: Tensor) -> tuple[Tensor, Tensor]:
+    gate = torch.sigmoid(x)
+    value = x * gate
+    return value, gate + value * (1 - gate)
+
+
+def normalise(stack: Stack) -> Stack:
+    """Divide by the root mean square over channels, pixel by pixel."""
+    inverse = torch.rsqrt(stack.value.square().mean(-3, keepdim=True) + 1e-6)
+    value = stack.value * inverse
+    if stack.tangents is None:
+        return Stack(value, None)
+    radial = (value * stack.tangents).mean(-3, keepdim=True)
+    return Stack(value, (stack.tangents - value * radial) * inverse)
+
+
+class Field(nn.Module):
+    """Base of the velocity fields: subclasses define `run`, and `context` if they wish.
+
+    f(t, y) takes y (N, C, H, W) and t, a scalar or (N,), and returns the velocity, shaped as
+    y. `context` turns a coarse image into what `run` wants of it, once per solve.
+    """
+
+    def context(self, coarse: Tensor | None) -> Tensor | None:
+        return coarse
+
+    def run_parameters(self) -> list[Tensor]:
+        """The parameters that `run` uses: all but those that `context` is made with.
+
+        The continuous adjoint differentiates by these and by the context, which hands its
+        gradient on; given the context's own parameters as well, it would count them twice.
+        """
+        return list(self.parameters())
+
+    def run(self, t: Tensor, stack: Stack, context: Tensor | None) -> Stack:
+        raise TypeError(f"{type(self).__name__} does not define run()")
+
+    def forward(self, t: Tensor, y: Tensor, coarse: Tensor | None = None) -> Tensor:
+        return self.run(t, Stack(y, None), self.context(coarse)).value
+
+
+class Conditioned:
+    """A field with its coarse image bound: the f(t, y) that solvers and traces see."""
+
+    def __init__(self, field: Field, coarse: Tensor | None) -> None:
+        self.field, self.context = field, field.context(coarse)
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.field.run(t, Stack(y, None), self.context).value
+
+    def push(self, t: Tensor, y: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        """f(t, y) and J·e for tangents (K, N, …), in one pass."""
+        value, pushed = self.field.run(t, Stack(y, tangents), self.context)
+        assert pushed is not None
+        return value, pushed
+
+
+class PaperField(Field):
+    """The paper's network: 3×3 convolutions with softplus, time at every layer.
+
+    Time enters as a constant extra channel (the first of each layer's weights), the coarse
+    image as further channels of the first layer; the last layer starts at zero. A constant
+    channel t through a zero-padded convolution is t times a fixed map, and that map is what
+    is added here. 79,134 parameters for a base block of three channels, 87,834 for a detail
+    block (arXiv 2106.08462, appendix; the sizes of its tables).
+
+    Args:
+        channels: of y.
+        coarse_channels: of the coarse image, 0 for a base level.
+        hidden: widths of the hidden layers.
+    """
+
+    def __init__(
+        self, channels: int, coarse_channels: int = 0, hidden: tuple[int, ...] = (64, 64, 64)
+    ) -> None:
+        super().__init__()
+        widths = (channels + coarse_channels, *hidden, channels)
+        self.layers = nn.ModuleList(
+            nn.Conv2d(1 + before, after, 3, padding=1)
+            for before, after in zip(widths, widths[1:], strict=False)
+        )
+        last = self.layers[-1]
+        assert isinstance(last, nn.Conv2d) and last.bias is not None
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def run(self, t: Tensor, stack: Stack, context: Tensor | None) -> Stack:
+        y = stack.value
+        channels, clock = y.shape[1], t.reshape(-1, 1, 1, 1).to(y.dtype)
+        ones = y.new_ones(1, 1, *y.shape[2:])
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, nn.Conv2d) and layer.bias is not None
+            w_time, weight = layer.weight[:, :1], layer.weight[:, 1:]
+            bias = clock * F.conv2d(ones, w_time, padding=1) + layer.bias[:, None, None]
+            if i == 0 and context is not None:
+                bias = bias + F.conv2d(context, weight[:, channels:], padding=1)
+                weight = weight[:, :channels]
+            if i > 0:
+                stack = stack.pointwise(softplus)
+            stack = stack.linear(lambda x, w=weight: F.conv2d(x, w, padding=1), bias)
+        return stack
+
+
+class ResidualField(Field):
+    """The default network: residual blocks, modulated by time and by the coarse image.
+
+    Time, as features of log t/(1-t), scales and shifts every block; the coarse image goes
+    through convolutions of its own, once per solve, and is added inside every block. The
+    output is preconditioned for standardised data: with s² = (1-t)² + t²,
+
+        f(t, y) = (2t-1)/s² · y + F(t, y/s)/s
+
+    where the first term is the best linear prediction of z - y from (1-t)·y + t·z and F is
+    left with a target of unit variance; F = 0 transports a standard normal to itself (the
+    construction of Karras et al. 2022, §5, carried over to straight paths).
+
+    Args:
+        channels: of y.
+        coarse_channels: of the coarse image, 0 for a base level.
+        width: channels of the hidden layers.
+        depth: number of residual blocks, of two 3×3 convolutions each.
+    """
+
+    def __init__(
+        self, channels: int, coarse_channels: int = 0, width: int = 48, depth: int = 4
+    ) -> None:
+        super().__init__()
+        self.width, self.depth = width, depth
+        self.first = Conv(channels, width, 3, padding=1)
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
+        self.last = Conv(width, channels, 3, padding=1)
+        self.time = nn.Sequential(
+            nn.Linear(TIME_FEATURES, 2 * width), nn.SiLU(), nn.Linear(2 * width, 2 * width * depth)
+        )
+        self.coarse = (
+            nn.Sequential(
+                nn.Conv2d(coarse_channels, width, 3, padding=1),
+                nn.SiLU(),
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.SiLU(),
+                nn.Conv2d(width, width * (depth + 1), 3, padding=1),
+            )
+            if coarse_channels
+            else None
+        )
+        for layer in (self.last, self.time[-1]):
+            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    def context(self, coarse: Tensor | None) -> Tensor | None:
+        return None if self.coarse is None else self.coarse(coarse)
+
+    def run_parameters(self) -> list[Tensor]:
+        return [p for name, p in self.named_parameters() if not name.startswith("coarse.")]
+
+    def run(self, t: Tensor, stack: Stack, context: Tensor | None) -> Stack:
+        y = stack.value
+        t = t.to(y.dtype)
+        clock = t.reshape(-1, 1, 1, 1)
+        variance = (1 - clock) ** 2 + clock**2
+        spread = variance.rsqrt()
+        modulation = self.time(time_features(t.reshape(-1)))[:, :, None, None]
+        scales, shifts = modulation.chunk(2, dim=1)
+        maps = (0.0,) * (self.depth + 1) if context is None else context.split(self.width, dim=1)
+        hidden = self.first(stack.scale(spread))
+        if context is not None:
+            hidden = hidden.shift(maps[-1])
+        scaled = zip(
+            self.blocks, scales.chunk(self.depth, 1), shifts.chunk(self.depth, 1), maps, strict=False
+        )
+        for block, scale, shift, coarse in scaled:
+            hidden = block(hidden, 1 + scale, shift + coarse)
+        out = self.last(normalise(hidden).pointwise(silu))
+        return stack.scale((2 * clock - 1) / variance).add(out.scale(spread))
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = Conv(width, width, 3, padding=1)
+        self.outer = Conv(width, width, 3, padding=1)
+        with torch.no_grad():
+            self.outer.weight *= 0.3
+
+    def forward(self, hidden: Stack, scale: Tensor, shift: Tensor) -> Stack:
+        inner = self.inner(normalise(hidden).pointwise(silu))
+        return hidden.add(self.outer(inner.scale(scale).shift(shift).pointwise(silu)))
+
+
+TIME_FEATURES = 17
+_TIME_EDGE = 1e-3
+
+
+def time_features(t: Tensor) -> Tensor:
+    """(N,) times → (N, 17): log t/(1-t), held constant outside [0, 1], and its harmonics."""
+    t = t.clamp(0, 1)
+    log_odds = ((t + _TIME_EDGE) / (1 - t + _TIME_EDGE)).log() / 7.0
+    angles = log_odds[:, None] * (math.pi / 2) * torch.arange(1, 9, device=t.device, dtype=t.dtype)
+    return torch.cat((log_odds[:, None], angles.sin(), angles.cos()), dim=1)
+
+
+FIELDS = ("residual", "paper")
+
+
+def build(
+    kind: str, channels: int, coarse_channels: int = 0, width: int = 48, depth: int = 4
+) -> Field:
+    """A field by name: "residual" (width, depth), or "paper" (width of its three layers)."""
+    if kind == "residual":
+        return ResidualField(channels, coarse_channels, width, depth)
+    if kind == "paper":
+        return PaperField(channels, coarse_channels, (width,) * 3)
+    raise UserError(f"unknown velocity field {kind!r}; choose one of {', '.join(FIELDS)}")

@@ -1,0 +1,16 @@
+"""Every test starts from the same random numbers."""
+
+import warnings
+
+import pytest
+import torch
+
+with warnings.catch_warnings():
+    # The first torch.func.jvp of a process compiles with torch.jit, which PyTorch deprecates.
+    warnings.simplefilter("ignore")
+    torch.func.jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
