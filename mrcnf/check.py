@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -13,8 +14,7 @@ from mrcnf import haar, pixels, trace
 from mrcnf.flow import ContinuousFlow, Trace
 from mrcnf.model import FieldConfig, Level, ModelConfig, MultiResolutionFlow
 from mrcnf.solve import ADAPTIVE, FIXED, Solver, solve
-from mrcnf.velocity import Conditioned, ResidualField
-
+from mrcnf.velocity import Conditioned, PaperField, ResidualField
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -58,14 +58,15 @@ def _uniform_pixels() -> Iterator[Finding]:
     _, log_q = pixels.dequantise(images)
     flat = pixels.log_prob_of_integers(torch.zeros(4), log_q, 192)
     bpd = pixels.bits_per_dim(flat, 192).mean()
-    yield Finding("a uniform density on [0,1]^D costs 8 bits/dim: difference", abs(float(bpd) - 8), 1e-6)
+    error = abs(float(bpd) - 8)
+    yield Finding("a uniform density on [0,1]^D costs 8 bits/dim: difference", error, 1e-6)
 
 
 def _divergence() -> Iterator[Finding]:
     field = _rough(ResidualField(3, 1, width=8, depth=1)).double()
     y, coarse = torch.randn(2, 3, 3, 3).double(), torch.randn(2, 1, 3, 3).double()
     f, t = Conditioned(field, coarse), torch.tensor(0.3).double()
-    reference = torch.stack([_trace_by_autograd(lambda v, i=i: _row(f, t, y, i, v), y[i])
+    reference = torch.stack([_trace_by_autograd(partial(_row, f, t, y, i), y[i])
                              for i in range(2)]).detach()  # fmt: skip
     _, exact = trace.divergence(f, t, y, "exact")
     yield Finding("the exact divergence is autograd's: difference",
@@ -111,8 +112,8 @@ def _normalised() -> Iterator[Finding]:
 
 
 def _gradients() -> Iterator[Finding]:
-    field = _rough(ResidualField(2, 1, width=4, depth=1)).double()
-    flow = ContinuousFlow([field])
+    # Smooth in t: the residual field changes too fast near t = 0 for a few fixed steps.
+    flow = ContinuousFlow([_rough(PaperField(2, 1, (4, 4))).double()])
     y, coarse = torch.randn(3, 2, 4, 4).double(), torch.randn(3, 1, 4, 4).double()
     tight = dict(rtol=1e-8, atol=1e-8, steps=0, method="dopri5")
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from mrcnf import config as configuration
 from mrcnf.errors import UserError
+from mrcnf.files import write
 from mrcnf.flow import Trace
 from mrcnf.model import FieldConfig, Level, ModelConfig, MultiResolutionFlow
 from mrcnf.solve import Solver
@@ -38,29 +38,12 @@ WEIGHTS, STATE, PREVIOUS = "weights.safetensors", "state.safetensors", "state.pr
 FORMAT = "mrcnf-1"
 
 
-def write(path: Path, data: bytes | str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another folder") from None
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write tensors with JSON metadata and a checksum, atomically."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    text = {"format": FORMAT, "metadata": json.dumps(metadata), "sha256": _checksum(tensors)}
-    write(path, save(tensors, text))
+    text = json.dumps(metadata)
+    marks = {"format": FORMAT, "metadata": text, "sha256": _checksum(tensors, text)}
+    write(path, save(tensors, marks))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -81,13 +64,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
     if text.get("format") != FORMAT:
         raise UserError(f"{path} was not written by mrcnf (no {FORMAT!r} mark in its metadata)")
-    if text.get("sha256") != _checksum(tensors):
+    # Files from before the checksum covered the metadata are accepted too.
+    known = (_checksum(tensors, text.get("metadata", "")), _checksum(tensors, ""))
+    if text.get("sha256") not in known:
         raise UserError(f"{path} is damaged: its checksum does not match its contents")
     return tensors, json.loads(text["metadata"])
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _checksum(tensors: dict[str, Tensor], metadata: str) -> str:
+    digest = hashlib.sha256(metadata.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
@@ -125,7 +110,9 @@ def find_levels(run: Path | str) -> dict[int, Path]:
     """The folders of a run that hold finished weights, by resolution, coarsest first."""
     run = Path(run)
     if not run.is_dir():
-        raise UserError(f"there is no run folder {run}; train one with `mrcnf train` or `mrcnf demo`")
+        raise UserError(
+            f"there is no run folder {run}; train one with `mrcnf train` or `mrcnf demo`"
+        )
     found = {}
     for folder in run.iterdir():
         match = re.fullmatch(r"level-(\d+)", folder.name)
@@ -156,7 +143,7 @@ def load(
                 raise UserError(f"level {resolution} is in both {files[resolution]} and {path}")
             files[resolution] = path
     files = dict(sorted(files.items()))
-    loaded = {resolution: read_tensors(path / WEIGHTS) for resolution, path in files.items()}
+    loaded = {resolution: _read_level(path / WEIGHTS) for resolution, path in files.items()}
     model = _common_model({files[r] / WEIGHTS: metadata for r, (_, metadata) in loaded.items()})
     levels = []
     for resolution, (tensors, metadata) in loaded.items():
@@ -167,30 +154,67 @@ def load(
             Solver(**metadata["solver"]),
             Trace(**metadata["trace"]),
         )
-        try:
-            level.load_state_dict({k: v.float() for k, v in tensors.items()})
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise UserError(
-                f"{files[resolution] / WEIGHTS} does not fit its own configuration: {reason}"
-            ) from None
+        _fill(level, tensors, files[resolution] / WEIGHTS)
         levels.append(level)
     return MultiResolutionFlow(levels).to(device).eval()
+
+
+def load_weights(run: Path | str, level: Level) -> None:
+    """Give a level the weights and the standardisation of its namesake in a trained run.
+
+    Raises:
+        UserError: the run has no such level, or one of another field or model.
+    """
+    folders = find_levels(run)
+    if level.resolution not in folders:
+        raise UserError(f"{run} has no level {level.resolution}: its levels are {list(folders)}")
+    path = folders[level.resolution] / WEIGHTS
+    tensors, metadata = _read_level(path)
+    ours = {"field": dataclasses.asdict(level.field), **dataclasses.asdict(level.model)}
+    theirs = {"field": metadata["field"], **metadata["model"]}
+    ours["base level"] = level.is_base
+    theirs["base level"] = theirs["resolutions"][0] == metadata["resolution"]
+    for key in ("field", "channels", "nbits", "dequantisation", "base", "base level"):
+        if theirs[key] != ours[key]:
+            raise UserError(
+                f"{path} cannot supply the starting weights: its {key} is {theirs[key]!r}, "
+                f"not {ours[key]!r}"
+            )
+    _fill(level, tensors, path)
+
+
+def _read_level(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, metadata = read_tensors(path)
+    if missing := {"resolution", "model", "field", "solver", "trace"} - metadata.keys():
+        raise UserError(f"{path} does not hold a level: it lacks {', '.join(sorted(missing))}")
+    return tensors, metadata
+
+
+def _fill(level: Level, tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        level.load_state_dict({k: v.float() for k, v in tensors.items()})
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{path} does not fit its own configuration: {reason}") from None
 
 
 def assemble(runs: Iterable[Path | str], out: Path) -> list[int]:
     """Copy the levels of several runs into one run folder; returns their resolutions."""
     runs = list(runs)
     model = load(runs)  # proves that they fit, before anything is copied
-    for run in runs:
-        for resolution, folder in find_levels(run).items():
-            target = level_folder(out, resolution)
-            if target.exists():
-                raise UserError(f"{target} is there already; choose another --out")
-            try:
-                shutil.copytree(folder, target)
-            except OSError as error:
-                raise UserError(f"cannot copy {folder} to {target}: {error}") from None
+    folders = [pair for run in runs for pair in find_levels(run).items()]
+    copies = {folder: level_folder(out, resolution) for resolution, folder in folders}
+    for target in copies.values():
+        if target.exists():
+            raise UserError(f"{target} is there already; choose another --out")
+    for folder, target in copies.items():
+        part = target.with_name(f".{target.name}.part")
+        try:
+            shutil.copytree(folder, part)
+            part.rename(target)
+        except OSError as error:
+            shutil.rmtree(part, ignore_errors=True)
+            raise UserError(f"cannot copy {folder} to {target}: {error}") from None
     return list(model.resolutions)
 
 
@@ -216,7 +240,8 @@ def extended_config(
             "resolution; only models with uniform dequantisation can be extended"
         )
     levels = json.dumps([*model.resolutions, resolution])
-    return finest_config(run, [f"model.resolutions={levels}", *overrides])
+    # The finest level's own starting weights are none for the new level.
+    return finest_config(run, [f"model.resolutions={levels}", "train.init=", *overrides])
 
 
 def _metadata(path: Path) -> dict[str, Any]:

@@ -12,12 +12,13 @@ import torch
 import tyro
 
 from mrcnf import check as checks
-from mrcnf import checkpoint, data, plot
+from mrcnf import checkpoint, files, plot, runtime
 from mrcnf import config as configuration
 from mrcnf import demo as demonstration
 from mrcnf import evaluate as evaluation
 from mrcnf import train as training
 from mrcnf.errors import UserError
+from mrcnf.images import save_image
 from mrcnf.solve import SolverError
 
 app = tyro.extras.SubcommandApp()
@@ -117,16 +118,18 @@ def evaluate(
         device: auto, cpu, cuda, cuda:N.
         overrides: settings to change, e.g. solver.steps=80 or data.root=DIR.
     """
-    model = checkpoint.load(run, training.choose_device(device))
-    assignments = [f'data.name="{data}"'] if data else []
-    settings = checkpoint.finest_config(run, [*assignments, *overrides])
+    numbers = {"limit": limit, "draws": draws, "batch": batch}
+    given = [f"evaluate.{name}={n}" for name, n in numbers.items() if n is not None]
+    model = checkpoint.load(run, runtime.choose_device(device))
+    assignments = [f"data.name={dumps(data)}"] if data else []
+    settings = checkpoint.finest_config(run, [*assignments, *given, *overrides])
     images = training.load_images(settings.data, model.config, split)
     result = evaluation.evaluate(
         model,
         images,
-        limit=settings.evaluate.limit if limit is None else limit,
-        batch=batch or settings.evaluate.batch,
-        draws=draws or settings.evaluate.draws,
+        limit=settings.evaluate.limit,
+        batch=settings.evaluate.batch,
+        draws=settings.evaluate.draws,
         seed=settings.evaluate.seed,
         solver=settings.solver if any(o.startswith("solver.") for o in overrides) else None,
         trace=settings.trace if any(o.startswith("trace.") for o in overrides) else None,
@@ -134,11 +137,11 @@ def evaluate(
     )
     if convergence:
         result.convergence = evaluation.convergence(
-            model, images, batch=batch or settings.evaluate.batch, seed=settings.evaluate.seed
+            model, images, batch=settings.evaluate.batch, seed=settings.evaluate.seed
         )
     print(result)
     if json is not None:
-        checkpoint.write(json, result.to_json() + "\n")
+        files.write(json, result.to_json() + "\n")
 
 
 @app.command
@@ -162,10 +165,12 @@ def sample(
         seed: of the noise.
         device: auto, cpu, cuda, cuda:N.
     """
-    model = checkpoint.load(run, training.choose_device(device))
+    if min(n, zoom) < 1:
+        raise UserError(f"n and zoom must be at least 1, got {n} and {zoom}")
+    model = checkpoint.load(run, runtime.choose_device(device))
     generator = torch.Generator(model.device).manual_seed(seed)
     images = model.sample(n, temperature=temperature, generator=generator)
-    data.save_image(out, plot.grid(images, zoom=zoom))
+    save_image(out, plot.grid(images, zoom=zoom))
     print(out)
 
 
@@ -195,7 +200,7 @@ def upscale(
     """
     if not images:
         raise UserError("no image to upscale; name at least one image file")
-    model = checkpoint.load(run, training.choose_device(device))
+    model = checkpoint.load(run, runtime.choose_device(device))
     for path in images:
         for line in demonstration.upscale_file(
             model, path, out, level=level, draws=draws, temperature=temperature, seed=seed
@@ -211,6 +216,8 @@ def assemble(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path) -> None:
         runs: run folders whose levels belong together.
         out: run folder to make.
     """
+    if not runs:
+        raise UserError("no levels to assemble; name at least one run folder")
     print(f"{out}: levels {', '.join(map(str, checkpoint.assemble(runs, out)))}")
 
 
@@ -245,7 +252,7 @@ def check(json: Path | None = None) -> None:
         verdict = "ok    " if finding.holds else "FAILED"
         print(f"{verdict} {finding.claim}: {finding.measured:.2g} (bound {finding.bound:.0e})")
     if json is not None:
-        checkpoint.write(json, dumps([finding._asdict() for finding in findings], indent=2))
+        files.write(json, dumps([finding._asdict() for finding in findings], indent=2))
     if not all(finding.holds for finding in findings):
         raise RuntimeError("a numerical check failed on this machine; please report its line")
 

@@ -44,6 +44,8 @@ class TrainConfig:
 
     objective: str = "flow-matching"
     """flow-matching (no simulation) or likelihood (through the ODE)."""
+    init: str = ""
+    """Run whose level of the same resolution supplies the starting weights; empty starts afresh."""
     steps: int = 4000
     """Optimiser steps."""
     batch: int = 64
@@ -52,6 +54,8 @@ class TrainConfig:
     """Pieces that a batch is processed in, to save memory; a multiple of the processes."""
     learning_rate: float = 2e-3
     """Peak learning rate of Adam."""
+    beta2: float = 0.99
+    """Decay per step of Adam's second moment."""
     schedule: str = "cosine"
     """cosine (falls to 0 at the last step) or constant, both after the warm-up."""
     warmup: int = 100
@@ -99,10 +103,9 @@ class TrainConfig:
                      "learning_rate", "clip", "skip_above", "max_skipped"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise UserError(f"train.{name} must be positive, got {getattr(self, name)}")
-        if not 0 <= self.ema < 1:
-            raise UserError(f"train.ema must be in [0, 1), got {self.ema}")
-        if not 0 <= self.steer < 1:
-            raise UserError(f"train.steer must be in [0, 1), got {self.steer}")
+        for name in ("ema", "beta2", "steer"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"train.{name} must be in [0, 1), got {getattr(self, name)}")
         if self.batch % self.micro_batches:
             raise UserError(
                 f"train.batch {self.batch} must be a multiple of micro_batches {self.micro_batches}"
@@ -120,6 +123,13 @@ class EvaluateConfig:
     draws: int = 1
     """Dequantisation draws per image."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "draws"):
+            if getattr(self, name) < 1:
+                raise UserError(f"evaluate.{name} must be at least 1, got {getattr(self, name)}")
+        if self.limit < 0:
+            raise UserError(f"evaluate.limit must not be negative, got {self.limit}")
 
 
 @dataclass(frozen=True)
@@ -150,7 +160,8 @@ class Config:
         """The configuration of one level: its own table merged in, other levels' left out."""
         if resolution not in self.model.resolutions:
             raise UserError(
-                f"there is no level {resolution}: model.resolutions is {list(self.model.resolutions)}"
+                f"there is no level {resolution}: model.resolutions is "
+                f"{list(self.model.resolutions)}"
             )
         table = to_table(self)
         own = table.pop("level", {}).get(str(resolution), {})
@@ -197,8 +208,13 @@ def from_table(table: dict[str, Any], where: str = "configuration") -> Config:
                 f"{where}: [level.{resolution}] is not one of model.resolutions "
                 f"{list(config.model.resolutions)}"
             )
+        here = f"{where}, [level.{resolution}]"
+        if not isinstance(own, dict):
+            raise UserError(f"{here} must be a table of sections, got {own!r}")
+        if common := {"name", "model", "level"} & set(own):
+            raise UserError(f"{here}: {min(common)} is common to all levels; set it above")
         base = {k: v for k, v in to_table(config).items() if k != "level"}
-        _build(Config, _merge(base, own), f"{where}, [level.{resolution}]", "")
+        _build(Config, _merge(base, own), here, "")
     return config
 
 
@@ -218,10 +234,16 @@ def _write(table: dict[str, Any], prefix: str, lines: list[str]) -> None:
     values = {k: v for k, v in table.items() if not isinstance(v, dict)}
     if prefix and values:
         lines += ["", f"[{prefix}]"]
-    lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
     for key, value in table.items():
         if isinstance(value, dict):
             _write(value, f"{prefix}.{key}" if prefix else key, lines)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, float):
+        return repr(value)  # JSON would spell infinity otherwise
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _merge(table: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where images come from: published sets, folders, archives and single files, all as uint8.
+"""Where images come from: published sets, folders and archives, all as uint8.
 
 Nothing read here is executed, and no length field is believed before the file's own length has
 been asked: data sets come back truncated from downloads, and pickles can be hostile.
@@ -10,14 +10,11 @@ import math
 import os
 import pickle
 import pickletools
-import secrets
 import struct
 import tarfile
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,14 +22,13 @@ from typing import Any
 import numpy as np
 import pywt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from mrcnf.errors import UserError
+from mrcnf.images import read_image, reading
 
 SPLITS = ("train", "test", "val")
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
-MAX_PIXELS = 64 * 2**20  # of one image file: a few damaged bytes could ask for gigabytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,103 +107,6 @@ def load(
     tensor = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
     numbers = None if groups is None else torch.from_numpy(groups[:limit].astype(np.int64))
     return Images(tensor, name, split, numbers)
-
-
-def read_image(path: str | Path, *, channels: int | None = None) -> torch.Tensor:
-    """Reads a PNG, JPEG, BMP, WebP or GIF file: uint8 (C, H, W), C = 1 (grey) or 3 (RGB).
-
-    The EXIF orientation is applied, palettes become RGB, an alpha channel that is opaque
-    everywhere is dropped. `channels=3` repeats grey; `channels=1` accepts colour if R = G = B.
-
-    Raises UserError, naming the file and the remedy, for whatever would lose information or be a
-    guess (16 bits per sample, transparency, CMYK, several frames), for more than 64 megapixels,
-    and for files that are missing, truncated, damaged or not images.
-    """
-    path = Path(path)
-    with _reading(path, "a PNG, JPEG, BMP, WebP or GIF image"), warnings.catch_warnings():
-        # Pillow warns of odd metadata, which do not matter, and of sizes, which are refused below.
-        warnings.simplefilter("ignore", UserWarning)
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UserError(f"{path}: {image.width}×{image.height} is more than "
-                                f"{MAX_PIXELS >> 20} megapixels; shrink or cut it first")
-            image.verify()  # PNG checksums, which decoding ignores; it uses the open file up
-        with Image.open(path, formats=FORMATS) as image:
-            # A phone's MPO holds previews after the photograph, which comes first.
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-                raise UserError(f"{path}: holds several frames; save the one you mean as PNG")
-            # Pillow cuts 16-bit RGB to 8 bits in silence: only the decoder's arguments tell.
-            if any(";16B" in str(tile[3]) for tile in image.tile):
-                raise UserError(f"{path}: has 16 bits per sample; convert it to 8 bits first")
-            image.load()
-            array = np.array(_plain(ImageOps.exif_transpose(image), path))
-    pixels = torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1).contiguous()
-    if channels == 3 and len(pixels) == 1:
-        return pixels.repeat(3, 1, 1)
-    if channels == 1 and len(pixels) == 3 and bool((pixels == pixels[:1]).all()):
-        return pixels[:1].clone()
-    if channels not in (None, len(pixels)):
-        raise UserError(f"{path}: has {len(pixels)} channels where {channels} are needed; "
-                        f"convert it to {'grey' if channels == 1 else 'RGB'} first")
-    return pixels
-
-
-def _plain(image: Image.Image, path: Path) -> Image.Image:
-    """The image in mode L or RGB, if nothing is lost thereby."""
-    clear = image.has_transparency_data
-    if clear and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
-        raise UserError(f"{path}: is partly transparent; flatten it onto a background first")
-    if image.mode in ("1", "L", "LA"):
-        return image.convert("L")
-    if image.mode in ("P", "PA", "RGB", "RGBA"):
-        return image.convert("RGB")
-    raise UserError(f"{path}: has colour mode {image.mode}; convert it to 8-bit RGB or grey first")
-
-
-def save_image(path: str | Path, image: torch.Tensor) -> None:
-    """Writes uint8 (C, H, W), C = 1 or 3, as PNG: whole or not at all, through a temporary name.
-
-    Missing folders are made. Raises UserError if the name does not end in .png (what other formats
-    lose, nobody should lose by a suffix) or the file cannot be written; ValueError for another
-    shape or type.
-    """
-    path = Path(path)
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise ValueError(f"expected uint8 (1 or 3, H, W), not {image.dtype} {tuple(image.shape)}")
-    if path.suffix.lower() != ".png":
-        raise UserError(f"{path}: images are written as PNG; end the name in .png")
-    array = np.ascontiguousarray(image.detach().cpu().permute(1, 2, 0).numpy())
-    part = path.parent / f".{secrets.token_hex(8)}.part"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(array[..., 0] if image.shape[0] == 1 else array).save(part, format="PNG")
-        part.replace(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path}: cannot be written ({reason}); choose another place") from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
-
-
-@contextmanager
-def _reading(path: Path, what: str) -> Iterator[None]:
-    """Turns whatever a parser raises on damaged bytes, which is anything, into a UserError."""
-    try:
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder; name a file in it")
-        if not path.is_file():
-            raise UserError(f"{path}: there is no such file; check the name")
-        if not path.stat().st_size:
-            raise UserError(f"{path}: is empty; replace it with an intact copy")
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"{path}: cannot be read as {what} ({reason}); "
-                        "replace it with an intact copy") from error
 
 
 def _reduce(pixels: np.ndarray, resolution: int | None, where: Path) -> np.ndarray:
@@ -301,7 +200,7 @@ def _central(image: np.ndarray, resolution: int, path: Path) -> np.ndarray:
 
 def _npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """Pixels, and the array `photo` (N,) if there is one; never unpickles."""
-    with _reading(path, "an npz archive"), zipfile.ZipFile(path) as archive:
+    with reading(path, "an npz archive"), zipfile.ZipFile(path) as archive:
         names, arrays = archive.namelist(), {}
         for key in ("images", "data", "photo"):
             if f"{key}.npy" in names:
@@ -374,7 +273,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _cifar(path: Path) -> np.ndarray:
-    with _reading(path, "a CIFAR batch"):
+    with reading(path, "a CIFAR batch"):
         data = path.read_bytes()
         # This pass checks every length. A memo index beyond the count of instructions would have
         # the unpickler clear gigabytes.
@@ -406,7 +305,7 @@ def _idx(path: Path) -> np.ndarray:
             raise ValueError("its magic number is not that of bytes in three dimensions")
         return count, 1, height, width
 
-    with _reading(path, "an IDX file of images"):
+    with reading(path, "an IDX file of images"):
         data = path.read_bytes()
         if data[:2] == b"\x1f\x8b":
             data = _inflate(data, 16, lambda head: math.prod(shape(head)), wbits=31)
@@ -415,7 +314,7 @@ def _idx(path: Path) -> np.ndarray:
 
 def _mat(path: Path) -> np.ndarray:
     """The array `X` (H, W, C, N), first index fastest, of a MATLAB 5 file."""
-    with _reading(path, "a MATLAB 5 file"):
+    with reading(path, "a MATLAB 5 file"):
         data = memoryview(path.read_bytes())
         if data[124:128] != b"\x00\x01IM":
             raise ValueError("it has another header")

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mrcnf import checkpoint, config, evaluate, plot, train
-from mrcnf.data import read_image, save_image
+from mrcnf import checkpoint, config, evaluate, files, plot, runtime, train
 from mrcnf.errors import UserError
+from mrcnf.images import read_image, save_image
 from mrcnf.model import MultiResolutionFlow
 
 RECIPE = Path(__file__).with_name("demo.toml")
@@ -24,38 +24,39 @@ def run(out: Path, overrides: Sequence[str] = ()) -> str:
     started = time.perf_counter()
     settings = config.load(RECIPE, overrides)
     train.train_levels(settings, settings.model.resolutions, out)
-    model = checkpoint.load(out, train.choose_device(settings.train.device))
+    model = checkpoint.load(out, runtime.choose_device(settings.train.device))
     test = train.load_images(settings.data, model.config, "test")
     result = evaluate.evaluate(
         model, test, limit=settings.evaluate.limit, batch=settings.evaluate.batch
     )
     result.convergence = evaluate.convergence(model, test, limit=32, refinements=1)
-    checkpoint.write(out / "evaluation.json", result.to_json() + "\n")
+    files.write(out / "evaluation.json", result.to_json() + "\n")
     generator = torch.Generator(model.device).manual_seed(0)
     samples = model.sample(64, generator=generator)
     save_image(out / "samples.png", plot.grid(samples, zoom=3))
-    truth = test.pixels[:6]
+    busiest = test.pixels.double().flatten(1).std(1).argsort(descending=True)[:6]
+    truth = test.pixels[busiest]
     inputs = _reduced(truth, model.resolutions[0])
     draws = torch.stack([model.upscale(inputs, generator=generator).cpu() for _ in range(4)])
     plot.upscaling_panel(out / "upscaling.png", inputs, draws, truth)
     plot.training_curves(out / "training.png", out)
     used = test.pixels[: result.images]
     report = _report(result, used, time.perf_counter() - started)
-    checkpoint.write(out / "report.md", report)
+    files.write(out / "report.md", report)
     return f"{report}\nwritten to {out}"
 
 
 def classical_bits(images: Tensor, form: str, *, mosaic: bool) -> float:
     """Bits per dimension of a lossless image file: PNG or WEBP, of each image or of one mosaic."""
-    files = [plot.grid(images, gap=0)] if mosaic else list(images)
+    pictures = [plot.grid(images, gap=0)] if mosaic else list(images)
     total = 0
-    for image in files:
+    for image in pictures:
         array = image.permute(1, 2, 0).squeeze(2).numpy()
         buffer = io.BytesIO()
         options = {"lossless": True, "quality": 100, "method": 6} if form == "WEBP" else {}
         Image.fromarray(array).save(buffer, form, optimize=True, **options)
         total += 8 * buffer.tell()
-    return total / sum(image.numel() for image in files)
+    return total / images.numel()
 
 
 def upscale_file(
@@ -69,6 +70,8 @@ def upscale_file(
     seed: int = 0,
 ) -> Iterator[str]:
     """Upscale one image file into PNGs in `out`; yields a line about each thing done."""
+    if draws < 1:
+        raise UserError(f"draws must be at least 1, got {draws}")
     image = read_image(path, channels=model.config.channels)[None]
     side, finest = image.shape[-1], model.config.finest
     if image.shape[2] != side:
@@ -116,26 +119,31 @@ def _reduced(images: Tensor, side: int) -> Tensor:
     return means.round().to(torch.uint8)
 
 
+def _digits(result: evaluate.Evaluation | evaluate.LevelReport) -> str:
+    return f"{result.bpd:.3f} ± {result.bpd_stderr:.3f}"
+
+
 def _report(result: evaluate.Evaluation, images: Tensor, seconds: float) -> str:
     classical = [
-        (name, classical_bits(images, form, mosaic=True), classical_bits(images, form, mosaic=False))
+        (name, *(classical_bits(images, form, mosaic=mosaic) for mosaic in (True, False)))
         for name, form in (("PNG", "PNG"), ("lossless WebP", "WEBP"))
     ]
-    step = result.convergence[-1]
+    step, side = result.convergence[-1], images.shape[-1]
     lines = [
         "# mrcnf demo",
         "",
-        f"{result.images} test crops of 32×32 from regions of the photographs not seen in training.",
+        f"{result.images} test crops of {side}×{side} from regions of the photographs not seen in "
+        "training.",
         "",
         "| | bits/dim |",
         "|---|---|",
-        f"| **this model** (lower bound on log P) | **{result.bpd:.3f} ± {result.bpd_stderr:.3f}** |",
+        f"| **this model** (lower bound on log P) | **{_digits(result)}** |",
         *[f"| {name}, all crops in one mosaic | {tiled:.3f} |" for name, tiled, _ in classical],
         *[f"| {name}, one file per crop | {alone:.3f} |" for name, _, alone in classical],
         "",
         "| level | share of the bits/dim | NFE |",
         "|---|---|---|",
-        *[f"| {r.resolution} | {r.bpd:.3f} ± {r.bpd_stderr:.3f} | {r.nfe:.0f} |" for r in result.levels],
+        *[f"| {part.resolution} | {_digits(part)} | {part.nfe:.0f} |" for part in result.levels],
         "",
         f"Solver {result.solver}; trace {result.trace}; {result.draws} noise draw. With "
         f"{step['solver']} the first {step['images']} crops change by {step['difference']:+.4f} "

@@ -57,7 +57,8 @@ class Evaluation:
         return json.dumps(asdict(self), indent=2)
 
     def __str__(self) -> str:
-        rows = [f"{self.bpd:.4f} ± {self.bpd_stderr:.4f} bits/dim on {self.images} images of {self.data}"]
+        total = f"{self.bpd:.4f} ± {self.bpd_stderr:.4f} bits/dim"
+        rows = [f"{total} on {self.images} images of {self.data}"]
         for level in self.levels:
             rows.append(
                 f"  level {level.resolution:4d}: {level.bpd:.4f} ± {level.bpd_stderr:.4f}"
@@ -102,7 +103,9 @@ def evaluate(
             None if images.groups is None else images.groups[:limit],
         )
     if len(images) < 2:
-        raise UserError(f"{images.name} has {len(images)} images to evaluate; at least 2 are needed")
+        raise UserError(
+            f"{images.name} has {len(images)} images to evaluate; at least 2 are needed"
+        )
     started = time.perf_counter()
     bits, costs = _bits(
         model, images.pixels, batch, draws, seed, solver, trace, progress=progress
@@ -112,8 +115,9 @@ def evaluate(
         mean, error = mean_and_error(bits[i], images.groups)
         evaluations, rejected = costs[i]
         reports.append(
-            LevelReport(level.resolution, mean, error, evaluations, rejected,
-                        str(solver or level.solver))  # fmt: skip
+            LevelReport(
+                level.resolution, mean, error, evaluations, rejected, str(solver or level.solver)
+            )
         )
     mean, error = mean_and_error(bits.sum(0), images.groups)
     return Evaluation(
@@ -205,9 +209,7 @@ def _bits(
     first = 0
     for b, chunk in enumerate(batches):
         for draw in range(draws):
-            generator = torch.Generator(model.device).manual_seed(
-                seed * 1_000_003 + b * 1009 + draw
-            )
+            generator = _generator(model.device, seed, b, draw)
             parts = model.log_probs_by_level(
                 chunk, generator=generator, solver=solver, trace=trace
             )
@@ -236,7 +238,7 @@ def level_bits(
     """One level's share of the bits per finest dimension, (N,), without the other levels."""
     device, model, bits = level.mean.device, level.model, []
     for b, chunk in enumerate(images.split(batch)):
-        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + b)
+        generator = _generator(device, seed, b)
         x, log_q = pixels.dequantise(
             chunk.to(device), nbits=model.nbits, kind=model.dequantisation, generator=generator
         )
@@ -246,6 +248,10 @@ def level_bits(
         )
         bits.append(pixels.bits_per_dim(log_prob, model.dims).cpu())
     return torch.cat(bits).double()
+
+
+def _generator(device: torch.device, seed: int, batch: int, draw: int = 0) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + batch * 1009 + draw)
 
 
 def _common(texts: Any) -> str:

@@ -135,6 +135,7 @@ class ContinuousFlow(nn.Module):
                 solver,
                 start if i == 0 else 0.0,
                 end,
+                velocity=velocity,
                 parameters=parameters,
                 label=self.name,
                 check=not self.training,

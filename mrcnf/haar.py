@@ -103,7 +103,9 @@ def lift(x: Tensor) -> tuple[Tensor, Tensor]:
         coarse: (N, C, H/2, W/2), within one of the mean; 8-bit images stay 8-bit images.
     """
     if x.is_floating_point() or not x.is_signed():
-        raise UserError(f"haar.lift needs signed integers, got {x.dtype}; use images.to(torch.int32)")
+        raise UserError(
+            f"haar.lift needs signed integers, got {x.dtype}; use images.to(torch.int32)"
+        )
     x1, x2, x3, x4 = _patches(x)
     top, top_step = _lift_pair(x1, x2)
     bottom, bottom_step = _lift_pair(x3, x4)

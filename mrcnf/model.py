@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class ModelConfig:
     """What all levels of a model agree on."""
 
     resolutions: tuple[int, ...] = (8, 16, 32)
-    """Side of the images of each level in pixels, coarsest (the base) first, each twice the last."""
+    """Side of each level's images in pixels, coarsest (the base) first, each twice the last."""
     channels: int = 0
     """Channels of the images: 1 or 3; 0 takes the data's."""
     nbits: int = 8
@@ -41,15 +42,17 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         r = self.resolutions
-        if not r or r[0] < 1 or any(b != 2 * a for a, b in zip(r, r[1:], strict=False)):
+        if not r or r[0] < 1 or any(b != 2 * a for a, b in pairwise(r)):
             raise UserError(
-                f"model.resolutions {list(r)}: each level must be twice the one before, e.g. [8, 16, 32]"
+                f"model.resolutions {list(r)}: each level must be twice the one before, "
+                "e.g. [8, 16, 32]"
             )
         if not 1 <= self.nbits <= 8:
             raise UserError(f"model.nbits must be from 1 to 8, got {self.nbits}")
         if self.dequantisation not in pixels.KINDS:
             raise UserError(
-                f"model.dequantisation {self.dequantisation!r}: choose one of {', '.join(pixels.KINDS)}"
+                f"model.dequantisation {self.dequantisation!r}: choose one of "
+                f"{', '.join(pixels.KINDS)}"
             )
         if self.base not in BASES:
             raise UserError(f"model.base {self.base!r}: choose one of {', '.join(BASES)}")
@@ -244,7 +247,9 @@ class Level(nn.Module):
         """The time of the data end: 0, or t_s with Gaussian dequantisation."""
         return float(self.start) if self._starts_late() else 0.0
 
-    def generate(self, latent: Tensor, coarse: Tensor | None, solver: Solver | None = None) -> Tensor:
+    def generate(
+        self, latent: Tensor, coarse: Tensor | None, solver: Solver | None = None
+    ) -> Tensor:
         """Images (N, C, R, R) in density units from noise (N, *shape) and the coarse image."""
         y = self.flow.transport(
             latent,
@@ -287,8 +292,9 @@ class MultiResolutionFlow(nn.Module):
         found = tuple(level.resolution for level in levels)
         if found != self.config.resolutions:
             raise UserError(
-                f"levels {list(found)} are at hand, but the model has {list(self.config.resolutions)}; "
-                "train the missing ones with `mrcnf train --level`"
+                f"levels {list(found)} are at hand, but the model has "
+                f"{list(self.config.resolutions)}; train the missing ones with "
+                "`mrcnf train --level`"
             )
         self.levels = nn.ModuleList(levels)
 

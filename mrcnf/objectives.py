@@ -7,15 +7,19 @@ minimise, in a form that needs one backward pass.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mrcnf import pixels
 from mrcnf.errors import UserError
 from mrcnf.flow import Trace
 from mrcnf.model import Level
 from mrcnf.solve import Solver
+
+if TYPE_CHECKING:
+    from mrcnf.config import Config
 
 OBJECTIVES = ("flow-matching", "likelihood")
 TIMES = ("mixed", "uniform", "log-uniform")
@@ -124,3 +128,53 @@ def draw_times(
         return log_uniform
     alternate = torch.arange(n, device=like.device) % 2 == 0
     return torch.where(alternate, uniform, log_uniform)
+
+
+class Objective(nn.Module):
+    """From a piece of a batch to its loss; a module, so that DistributedDataParallel wraps it."""
+
+    def __init__(self, level: Level, config: Config) -> None:
+        super().__init__()
+        self.level, self.config = level, config
+
+    def forward(
+        self, images: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        train, model = self.config.train, self.level.model
+        images = augment(images, train.flip, train.crop, generator)
+        x, log_q = pixels.dequantise(
+            images, nbits=model.nbits, kind=model.dequantisation, generator=generator
+        )
+        low_precision = torch.autocast(
+            x.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"
+        )
+        with low_precision:
+            if train.objective == "flow-matching":
+                clean = ((images >> (8 - model.nbits)) + 0.5) / 2**model.nbits
+                return flow_matching(
+                    self.level, x, clean=clean, times=train.times, generator=generator
+                )
+            return likelihood(
+                self.level,
+                x,
+                log_q,
+                solver=self.config.train_solver,
+                trace=self.config.train_trace,
+                kinetic=train.kinetic,
+                frobenius=train.frobenius,
+                steer=train.steer,
+                generator=generator,
+            )
+
+
+def augment(images: Tensor, flip: bool, crop: int, generator: torch.Generator) -> Tensor:
+    """Mirror each image with probability 1/2, and cut one random window for the whole batch."""
+    if flip:
+        mirrored = torch.rand(len(images), generator=generator, device=images.device) < 0.5
+        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    side = images.shape[-1]
+    if crop and crop < side:
+        host = torch.Generator().manual_seed(generator.initial_seed())
+        top, left = torch.randint(0, side - crop + 1, (2,), generator=host).tolist()
+        images = images[..., top : top + crop, left : left + crop]
+    return images

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mrcnf import checkpoint
-from mrcnf.data import save_image
+from mrcnf import checkpoint, files
 
 BACKGROUND = 255
 
@@ -128,7 +127,4 @@ def _save(figure, path: Path) -> None:  # type: ignore[no-untyped-def]
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     _pyplot().close(figure)
-    checkpoint.write(path, buffer.getvalue())
-
-
-__all__ = ["enlarge", "grid", "save_image", "training_curves", "upscaling_panel"]
+    files.write(path, buffer.getvalue())

@@ -61,10 +61,14 @@ class Solver:
     (torchdiffeq's continuous adjoint; adaptive only)."""
 
     def __post_init__(self) -> None:
+        if self.steps < 0 or self.first_step < 0:
+            raise UserError("solver steps and first_step must not be negative")
         known = FIXED if self.steps > 0 else ADAPTIVE
         kind = "with fixed steps" if self.steps > 0 else "with adaptive steps (steps = 0)"
         if self.method not in known:
-            raise UserError(f"solver method {self.method!r} {kind}: choose one of {', '.join(known)}")
+            raise UserError(
+                f"solver method {self.method!r} {kind}: choose one of {', '.join(known)}"
+            )
         if self.gradient not in GRADIENTS:
             raise UserError(
                 f"solver gradient {self.gradient!r}: choose one of {', '.join(GRADIENTS)}"
@@ -76,8 +80,6 @@ class Solver:
         for name in ("spacing", "rtol", "atol", "max_evaluations"):
             if not getattr(self, name) > 0:
                 raise UserError(f"solver {name} must be positive, got {getattr(self, name)}")
-        if self.steps < 0 or self.first_step < 0:
-            raise UserError("solver steps and first_step must not be negative")
 
     def __str__(self) -> str:
         if self.steps:
@@ -130,6 +132,7 @@ def solve(
     t0: float = 0.0,
     t1: float = 1.0,
     *,
+    velocity: Callable[[Tensor, Tensor], Tensor] | None = None,
     parameters: Sequence[Tensor] = (),
     label: str = "solve",
     check: bool = True,
@@ -139,6 +142,9 @@ def solve(
     Args:
         dynamics: (t, state) → time derivatives, shaped as the state.
         t0, t1: in [0, 1]; t1 < t0 integrates backwards over the same step points.
+        velocity: (t, y) → the rate of the state's first part alone, if all rates depend on that
+            part alone and the others are mere integrals: fixed steps then skip the integrands
+            where their weight is zero (half of the midpoint rule's evaluations).
         parameters: all tensors the adjoint is to differentiate by, beside the state.
         label: what is being solved, for messages.
         check: raise on a non-finite result (one synchronisation with the device).
@@ -147,7 +153,7 @@ def solve(
         SolverError: step underflow, too many evaluations, or a non-finite state.
     """
     if solver.steps:
-        state, statistics = _fixed(dynamics, state, solver, t0, t1)
+        state, statistics = _fixed(dynamics, state, solver, t0, t1, velocity)
     else:
         state, statistics = _adaptive(dynamics, state, solver, t0, t1, parameters, label)
     if check and not bool(torch.stack([s.isfinite().all() for s in state]).all()):
@@ -155,26 +161,43 @@ def solve(
     return state, statistics
 
 
-def grid(solver: Solver, t0: float, t1: float) -> Tensor:
+def grid(
+    solver: Solver, t0: float, t1: float, device: torch.device | None = None
+) -> Tensor:
     """The steps + 1 points of a fixed-step solve, in double precision."""
     low, high = min(t0, t1), max(t0, t1)
-    points = torch.linspace(0, 1, solver.steps + 1, dtype=torch.float64) ** solver.spacing
+    points = torch.linspace(0, 1, solver.steps + 1, dtype=torch.float64, device=device)
+    points = points**solver.spacing
     points = low + (high - low) * points
     return points if t0 <= t1 else points.flip(0)
 
 
 def _fixed(
-    dynamics: Dynamics, state: State, solver: Solver, t0: float, t1: float
+    dynamics: Dynamics,
+    state: State,
+    solver: Solver,
+    t0: float,
+    t1: float,
+    velocity: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> tuple[State, Statistics]:
     nodes, coefficients, weights = _TABLEAUS[solver.method]
 
     def step(t: Tensor, h: Tensor, *y: Tensor) -> State:
         slopes: list[State] = []
-        for node, row in zip(nodes, coefficients, strict=True):
-            slopes.append(dynamics(t + node * h, _combine(y, h, row, slopes)))
+        for node, row, weight in zip(nodes, coefficients, weights, strict=True):
+            if velocity is None:
+                slopes.append(dynamics(t + node * h, _combine(y, h, row, slopes)))
+                continue
+            (moved,) = _combine(y[:1], h, row, slopes)
+            slopes.append(
+                dynamics(t + node * h, (moved, *y[1:]))
+                if weight
+                else (velocity(t + node * h, moved),)
+            )
         return _combine(y, h, weights, slopes)
 
-    points = grid(solver, t0, t1)
+    # Made on the device: a copy from here would wait for it, and bar CUDA graphs.
+    points = grid(solver, t0, t1, state[0].device)
     starts = points[:-1].to(state[0])
     widths = points.diff().to(state[0])
     for t, h in zip(starts, widths, strict=True):
@@ -248,9 +271,8 @@ def _adaptive(
     times = torch.tensor([t0, t1], device=device, dtype=state[0].dtype)
     # Without step_t the last step runs past the end point, where f was never trained, and the
     # result is interpolated back.
-    options: dict[str, object] = {"step_t": times[1:]}
-    if solver.first_step:
-        options["first_step"] = solver.first_step
+    first = {"first_step": solver.first_step} if solver.first_step else {}
+    options: dict[str, object] = {"step_t": times[1:], **first}
     shared = dict(rtol=solver.rtol, atol=solver.atol, method=solver.method, options=options)
     try:
         if solver.gradient == "adjoint" and torch.is_grad_enabled():
@@ -259,7 +281,7 @@ def _adaptive(
                 state,
                 times,
                 adjoint_params=tuple(p for p in parameters if p.requires_grad),
-                adjoint_options={"step_t": times[:1]},
+                adjoint_options={"step_t": times[:1], **first},
                 **shared,
             )
         else:

@@ -60,8 +60,10 @@ def divergence(
         f(t, y), shaped as y, and the divergence (N,).
     """
     if method != "exact" and not isinstance(probes, Tensor):
-        probes = draw_probes(y, probes, method=method, kind=kind, generator=generator)
-    result = estimate(f, t, y, method, probes if isinstance(probes, Tensor) else None)
+        drawn = draw_probes(y, probes, method=method, kind=kind, generator=generator)
+    else:
+        drawn = probes if isinstance(probes, Tensor) else None
+    result = estimate(f, t, y, method, drawn)
     return result.value, result.divergence
 
 
@@ -113,7 +115,7 @@ def linearise(f: Velocity, t: Tensor, y: Tensor, tangents: Tensor) -> tuple[Tens
         return push(t, y, tangents)
 
     def one(tangent: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(lambda at: f(t, at), (y,), (tangent,))
+        return torch.func.jvp(lambda at: f(t, at), (y,), (tangent,))  # type: ignore[return-value]
 
     values, pushed = torch.func.vmap(one, randomness="same")(tangents)
     return values[0], pushed
@@ -135,7 +137,9 @@ def _hutch_plus_plus(f: Velocity, t: Tensor, y: Tensor, probes: Tensor) -> Diver
     sketch, rest = probes.chunk(2)
     dims = math.prod(y.shape[1:])
     if len(sketch) > dims:
-        raise UserError(f"hutch++ with {len(sketch)} probes on {dims} dimensions: use the exact trace")
+        raise UserError(
+            f"hutch++ with {len(sketch)} probes on {dims} dimensions: use the exact trace"
+        )
     # Any basis gives an unbiased estimate, so the gradient need not pass through it; through a
     # QR of fewer than K independent columns (a field of zeros, say) it would be NaN.
     with torch.no_grad():

@@ -11,20 +11,17 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from mrcnf import checkpoint, data, objectives, pixels
+from mrcnf import checkpoint, data, files, objectives, pixels, runtime
 from mrcnf.config import Config, DataConfig, to_table, to_toml
 from mrcnf.data import Images
 from mrcnf.errors import UserError
@@ -63,7 +60,9 @@ def train_levels(
     Levels share neither parameters nor gradients, so `joint` gives the same weights.
     SIGTERM and Ctrl-C end it after a checkpoint.
     """
-    with processes(config), stop_on_signal() as stop:
+    for resolution in resolutions:  # at once, not when the earlier levels are done
+        _refuse_used(checkpoint.level_folder(run, resolution), resume)
+    with runtime.processes(config.train.device), runtime.stop_on_signal() as stop:
         images = load_images(config.data, config.model, "train")
         trainers = (Trainer(config, r, images, run, resume) for r in resolutions)
         if joint:
@@ -112,56 +111,6 @@ def match_model(model: ModelConfig, images: Images) -> ModelConfig:
     return dataclasses.replace(model, channels=channels)
 
 
-class Objective(nn.Module):
-    """From a piece of a batch to its loss; a module, so that DistributedDataParallel wraps it."""
-
-    def __init__(self, level: Level, config: Config) -> None:
-        super().__init__()
-        self.level, self.config = level, config
-
-    def forward(
-        self, images: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        train, model = self.config.train, self.level.model
-        images = augment(images, train.flip, train.crop, generator)
-        x, log_q = pixels.dequantise(
-            images, nbits=model.nbits, kind=model.dequantisation, generator=generator
-        )
-        low_precision = torch.autocast(
-            x.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"
-        )
-        with low_precision:
-            if train.objective == "flow-matching":
-                clean = ((images >> (8 - model.nbits)) + 0.5) / 2**model.nbits
-                return objectives.flow_matching(
-                    self.level, x, clean=clean, times=train.times, generator=generator
-                )
-            return objectives.likelihood(
-                self.level,
-                x,
-                log_q,
-                solver=self.config.train_solver,
-                trace=self.config.train_trace,
-                kinetic=train.kinetic,
-                frobenius=train.frobenius,
-                steer=train.steer,
-                generator=generator,
-            )
-
-
-def augment(images: Tensor, flip: bool, crop: int, generator: torch.Generator) -> Tensor:
-    """Mirror each image with probability 1/2, and cut one random window for the whole batch."""
-    if flip:
-        mirrored = torch.rand(len(images), generator=generator, device=images.device) < 0.5
-        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-    side = images.shape[-1]
-    if crop and crop < side:
-        host = torch.Generator().manual_seed(generator.initial_seed())
-        top, left = torch.randint(0, side - crop + 1, (2,), generator=host).tolist()
-        images = images[..., top : top + crop, left : left + crop]
-    return images
-
-
 class Trainer:
     """One level's training: `step` it, `save` it; `run` does both to the end."""
 
@@ -171,28 +120,32 @@ class Trainer:
         config = config.at_level(resolution)
         self.config, self.resolution, self.train = config, resolution, config.train
         self.folder = checkpoint.level_folder(run, resolution)
-        self.rank, self.world = _rank_and_world()
+        self.rank, self.world = runtime.rank_and_world()
         if self.train.micro_batches % self.world:
             raise UserError(
                 f"train.micro_batches is {self.train.micro_batches}: make it a multiple of the "
                 f"{self.world} processes"
             )
-        self.device = choose_device(self.train.device)
+        self.device = runtime.choose_device(self.train.device)
         self.data_hash = images.sha256
-        if self.rank == 0:
-            self._claim_folder(resume)
+        _refuse_used(self.folder, resume)
         self.level = prepare_level(config, resolution, images).to(self.device).train()
-        self._check_crop()
+        self._check_level()
+        # A run killed between the two renames of `save` has only the previous state.
+        states = [self.folder / name for name in (checkpoint.STATE, checkpoint.PREVIOUS)]
+        found = next((path for path in states if path.exists()), None)
+        if self.train.init and found is None:
+            checkpoint.load_weights(self.train.init, self.level)
         if self.train.compile:
             for field in self.level.flow.fields:
                 field.compile()
-        objective = Objective(self.level, config)
+        objective = objectives.Objective(self.level, config)
         self.objective = DistributedDataParallel(objective) if self.world > 1 else objective
         self.images = images.pixels.to(self.device)
         self.parameters = list(self.level.parameters())
         self.average = [p.detach().clone() for p in self.parameters]
         self.optimizer = torch.optim.Adam(
-            self.parameters, lr=self.train.learning_rate, fused=True, betas=(0.9, 0.99)
+            self.parameters, lr=self.train.learning_rate, fused=True, betas=(0.9, self.train.beta2)
         )
         self.step_number, self.saved_step = 0, -1
         self.seconds = 0.0
@@ -203,8 +156,10 @@ class Trainer:
         self.skipped = torch.zeros(3, device=self.device)
         self.order = torch.empty(0, dtype=torch.long)
         self.epoch = -1
-        if resume and (self.folder / checkpoint.STATE).exists():
-            self._restore()
+        if found is not None:
+            self._restore(found)
+        if self.rank == 0:
+            self._write_head()
 
     def step(self) -> dict[str, Tensor]:
         """One optimiser step; returns detached scalars on the device."""
@@ -306,11 +261,7 @@ class Trainer:
                 tensors[f"adam.{i}.{name}"] = value
         tensors["skipped"] = self.skipped
         self.saved_step = self.step_number
-        state = self.folder / checkpoint.STATE
         progress = {"step": self.step_number, "seconds": self.seconds, "data": self.data_hash}
-        if state.exists():
-            state.replace(self.folder / checkpoint.PREVIOUS)
-        checkpoint.write_tensors(state, tensors, {**progress, "config": to_table(self.config)})
         extra = {
             **progress,
             "steps": self.train.steps,
@@ -318,7 +269,12 @@ class Trainer:
             "data_name": self.config.data.name,
             "parameters": sum(p.numel() for p in self.parameters),
         }
+        # The state comes last: whoever finds a finished one need not look at the weights.
         checkpoint.save_level(self.folder, self.level, self._averaged_state(), extra)
+        state = self.folder / checkpoint.STATE
+        if state.exists():
+            state.replace(self.folder / checkpoint.PREVIOUS)
+        checkpoint.write_tensors(state, tensors, {**progress, "config": to_table(self.config)})
 
     def _averaged_state(self) -> dict[str, Tensor]:
         state = dict(self.level.state_dict())
@@ -327,14 +283,14 @@ class Trainer:
             state |= dict(zip(names, self.average, strict=True))
         return state
 
-    def _restore(self) -> None:
-        path = self.folder / checkpoint.STATE
+    def _restore(self, path: Path) -> None:
         try:
             tensors, metadata = checkpoint.read_tensors(path)
         except UserError as error:
             older = self.folder / checkpoint.PREVIOUS
             hint = f"; an older one is at {older}: rename it to {path.name} to go on from there"
-            raise UserError(f"{error}{hint if older.exists() else ''}") from None
+            offered = older.exists() and path != older
+            raise UserError(f"{error}{hint if offered else ''}") from None
         if metadata["data"] != self.data_hash:
             raise UserError(f"{path} was trained on other images; resume with the same data")
         then, now = metadata["config"], to_table(self.config)
@@ -351,6 +307,8 @@ class Trainer:
                 zip(self.parameters, self.average, strict=True)
             ):
                 average.copy_(tensors[f"average.{i}"])
+                if metadata["step"] == 0:
+                    continue  # stopped before the first step: Adam has no moments yet
                 moments = {
                     name: tensors[f"adam.{i}.{name}"].to(self.device)
                     for name in ("step", "exp_avg", "exp_avg_sq")
@@ -359,33 +317,31 @@ class Trainer:
         except (RuntimeError, KeyError) as error:
             raise UserError(f"{path} is a checkpoint of another model: {error}") from None
         self.skipped = tensors["skipped"].to(self.device)
+        self.skipped[1:] = 0  # in a row: a resumed run may have been given a remedy
         self.step_number, self.seconds = metadata["step"], metadata["seconds"]
         self.saved_step, self.logged = self.step_number, (self.step_number, self.seconds)
-        if self.rank == 0:
-            log = self.folder / "metrics.jsonl"
-            lines = log.read_text().splitlines() if log.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= self.step_number]
-            checkpoint.write(log, "".join(f"{line}\n" for line in kept))
 
-    def _claim_folder(self, resume: bool) -> None:
-        state = self.folder / checkpoint.STATE
-        if state.exists() and not resume:
-            raise UserError(
-                f"{self.folder} holds a training run already; add --resume to go on with it, or "
-                "choose another --out"
-            )
-        text = f'# trained on images with sha256 {self.data_hash}\n{to_toml(self.config)}'
-        checkpoint.write(self.folder / "config.toml", text)
-        if not resume:
-            checkpoint.write(self.folder / "metrics.jsonl", "")
+    def _write_head(self) -> None:
+        """The resolved configuration, and the log up to where training starts."""
+        text = f"# trained on images with sha256 {self.data_hash}\n{to_toml(self.config)}"
+        files.write(self.folder / "config.toml", text)
+        log = self.folder / "metrics.jsonl"
+        lines = log.read_text().splitlines() if self.step_number and log.exists() else []
+        kept = [line for line in lines if _step_of(line) <= self.step_number]
+        files.write(log, "".join(f"{line}\n" for line in kept))
 
-    def _check_crop(self) -> None:
+    def _check_level(self) -> None:
         crop, model = self.train.crop, self.level.model
         unit = model.finest // self.resolution * (1 if self.level.is_base else 2)
-        if crop and (crop % unit or crop > model.finest):
+        if crop < 0 or crop % unit or crop > model.finest:
             raise UserError(
                 f"train.crop {crop} must be a multiple of {unit} and at most {model.finest} for "
                 f"level {self.resolution}"
+            )
+        if self.train.objective == "flow-matching" and self.config.field.blocks > 1:
+            raise UserError(
+                f"level {self.resolution}: flow matching trains one field, but field.blocks is "
+                f"{self.config.field.blocks}; set it to 1, or train.objective to likelihood"
             )
 
     def _batch_indices(self) -> Tensor:
@@ -421,8 +377,8 @@ class Trainer:
         skipped, _, worst = self.skipped.tolist()
         if worst >= self.train.max_skipped:
             raise TrainingError(
-                f"level {self.resolution}, step {self.step_number}: {worst:.0f} steps in a row had a "
-                f"non-finite gradient or one above train.skip_above = {self.train.skip_above:g}; "
+                f"level {self.resolution}, step {self.step_number}: {worst:.0f} steps in a row had "
+                f"a non-finite gradient or one above train.skip_above = {self.train.skip_above:g}; "
                 "lower train.learning_rate, lengthen train.warmup, or check the images"
             )
         step, seconds = self.logged
@@ -454,55 +410,20 @@ class Trainer:
         return SummaryWriter(str(self.folder))
 
 
-def choose_device(name: str) -> torch.device:
-    """The device by name; "auto" takes CUDA where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+def _refuse_used(folder: Path, resume: bool) -> None:
+    names = (checkpoint.WEIGHTS, checkpoint.STATE, checkpoint.PREVIOUS)
+    if not resume and any((folder / name).exists() for name in names):
+        raise UserError(
+            f"{folder} holds a training run already; add --resume to go on with it, or choose "
+            "another --out"
+        )
+
+
+def _step_of(line: str) -> float:
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"device {name!r} was asked for, but PyTorch sees no CUDA device")
-        if device.index is None:
-            device = torch.device("cuda", int(_rank_and_world()[0]) % torch.cuda.device_count())
-    return device
-
-
-@contextlib.contextmanager
-def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Within: SIGTERM and Ctrl-C no longer kill, the yielded function says whether one came."""
-    received: list[int] = []
-    handlers = {
-        number: signal.signal(number, lambda n, _: received.append(n))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def processes(config: Config) -> Iterator[None]:
-    """Join the process group when started by torchrun; leave it at the end."""
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
-        yield
-        return
-    on_gpu = config.train.device != "cpu" and torch.cuda.is_available()
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def _rank_and_world() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line that a kill cut short
 
 
 def _seed(seed: int, resolution: int, what: str) -> int:

@@ -5,6 +5,9 @@ import warnings
 import pytest
 import torch
 
+# Everything here is tiny: a second thread costs more than it brings.
+torch.set_num_threads(1)
+
 with warnings.catch_warnings():
     # The first torch.func.jvp of a process compiles with torch.jit, which PyTorch deprecates.
     warnings.simplefilter("ignore")

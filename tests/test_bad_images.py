@@ -5,7 +5,6 @@ import os
 import struct
 import warnings
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mrcnf import data
-from mrcnf.data import read_image, save_image
+from mrcnf import files, images
 from mrcnf.errors import UserError
+from mrcnf.images import read_image, save_image
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (12, 9, 3), np.uint8)
 GREY = COLOUR[..., 0]
@@ -163,10 +162,10 @@ def test_huge_dimensions_are_refused_before_decoding(write, side):
 
 
 def test_the_limit_is_ours(write, monkeypatch):
-    monkeypatch.setattr(data, "MAX_PIXELS", 12 * 9)
+    monkeypatch.setattr(images, "MAX_PIXELS", 12 * 9)
     path = write(encoded("PNG"))
     assert read_image(path).shape == (3, 12, 9)
-    monkeypatch.setattr(data, "MAX_PIXELS", 12 * 9 - 1)
+    monkeypatch.setattr(images, "MAX_PIXELS", 12 * 9 - 1)
     refused(path, "9×12 is more than", "shrink")
 
 
@@ -253,7 +252,7 @@ def test_damage_gives_an_image_or_a_user_error(kind, choices, tmp_path):
         assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
     else:
         assert got.dtype == torch.uint8 and got.ndim == 3 and len(got) in (1, 3)
-        assert got.shape[1] * got.shape[2] <= data.MAX_PIXELS
+        assert got.shape[1] * got.shape[2] <= images.MAX_PIXELS
 
 
 # Writing
@@ -273,11 +272,10 @@ def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
     path, old = tmp_path / "a.png", torch.zeros(1, 4, 4, dtype=torch.uint8)
     save_image(path, old)
 
-    def fill_the_disk(self, name, **options):
-        Path(name).write_bytes(b"half")
+    def fill_the_disk(number):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", fill_the_disk)
+    monkeypatch.setattr(files.os, "fsync", fill_the_disk)
     with pytest.raises(UserError, match=r"a\.png: cannot be written \(No space left"):
         save_image(path, old + 1)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]

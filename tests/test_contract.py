@@ -3,14 +3,12 @@
 A new velocity field is one more line in FLOWS.
 """
 
-import functools
 import math
 
 import numpy as np
 import pytest
 import torch
 from fields import LinearField, awake, matrix
-from scipy.integrate import solve_ivp
 
 from mrcnf import trace as tracing
 from mrcnf.errors import UserError
@@ -20,6 +18,7 @@ from mrcnf.velocity import PaperField, ResidualField
 
 EXACT = Trace("exact")
 TIGHT = Solver("dopri5", steps=0, rtol=1e-8, atol=1e-8)
+ADAPTIVE = Solver("dopri5", steps=0, rtol=1e-5, atol=1e-5)
 STEPS = Solver("midpoint", steps=4)
 
 FLOWS = {
@@ -43,66 +42,71 @@ def case(name, n=2):
     return flow, torch.randn(n, 1, 2, 3, dtype=torch.float64), coarse
 
 
-@functools.cache
-def tight(name):
-    flow, y, coarse = case(name)
-    with torch.no_grad():
-        return flow.log_prob(y, coarse, solver=TIGHT, trace=EXACT)
-
-
-def reference(flow, y, coarse):
-    """log p and latent of one image, with autograd's Jacobian and SciPy's solver alone."""
-    dims, total, state = y.numel(), 0.0, y.flatten().numpy()
+def reference(flow, y, coarse, steps):
+    """log p and latent of one image: autograd's Jacobian and a Runge–Kutta loop, nothing else."""
+    state, total = y.flatten(), 0.0
+    grid = (torch.arange(steps + 1, dtype=torch.float64) / steps) ** 2
     for field in flow.fields:
 
-        def rate(t, state, field=field):
+        def rates(t, flat, field=field):
             def f(flat):
-                time = torch.tensor(t, dtype=torch.float64)
-                return field(time, flat.reshape(1, *y.shape), coarse).flatten()
+                return field(t, flat.reshape(1, *y.shape), coarse).flatten()
 
-            at = torch.from_numpy(state[:-1].copy())
-            jacobian = torch.func.jacrev(f)(at)
-            return np.append(f(at).detach().numpy(), jacobian.trace().item())
+            return f(flat).detach(), torch.func.jacrev(f)(flat).trace().item()
 
-        ends = solve_ivp(rate, (0, 1), np.append(state, 0.0), method="DOP853", rtol=1e-8, atol=1e-8)
-        state, total = ends.y[:-1, -1], total + ends.y[-1, -1]
-    normal = -0.5 * (state @ state + dims * math.log(2 * math.pi))
-    return normal + total, torch.from_numpy(state).reshape(y.shape)
+        for t, h in zip(grid[:-1], grid.diff(), strict=True):
+            k1, d1 = rates(t, state)
+            k2, d2 = rates(t + h / 2, state + h / 2 * k1)
+            k3, d3 = rates(t + h / 2, state + h / 2 * k2)
+            k4, d4 = rates(t + h, state + h * k3)
+            state = state + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+            total = total + h / 6 * (d1 + 2 * d2 + 2 * d3 + d4)
+    normal = -0.5 * (state.square().sum() + y.numel() * math.log(2 * math.pi))
+    return normal + total, state.reshape(y.shape)
 
 
 @EVERY
 def test_log_prob_is_the_brute_force_one(name):
     flow, y, coarse = case(name)
-    found = tight(name)
-    log_prob, latent = reference(flow, y[1], None if coarse is None else coarse[1:])
-    assert found.log_prob[1].item() == pytest.approx(log_prob, abs=1e-5)
-    torch.testing.assert_close(found.latent[1], latent, rtol=0, atol=1e-5)
+    found = flow.log_prob(y, coarse, solver=Solver("rk4", steps=6), trace=EXACT)
+    log_prob, latent = reference(flow, y[1], None if coarse is None else coarse[1:], steps=6)
+    torch.testing.assert_close(found.log_prob[1], log_prob, rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.latent[1], latent, rtol=0, atol=1e-10)
 
 
 @EVERY
 def test_log_prob_is_the_change_of_variables(name):
     flow, y, coarse = case(name, n=1)
-    solver = Solver("dopri8", steps=0, rtol=1e-7, atol=1e-7)
-
-    def push(y):
-        return flow.transport(y, coarse, solver=solver)
-
-    jacobian = torch.autograd.functional.jacobian(push, y).reshape(y.numel(), y.numel())
-    normal = -0.5 * (push(y).square().sum() + y.numel() * math.log(2 * math.pi))
-    expected = normal + torch.linalg.slogdet(jacobian).logabsdet
-    found = flow.log_prob(y, coarse, solver=solver, trace=EXACT).log_prob[0]
-    assert (found - expected).abs() < 2e-5
+    dims = y.numel()
+    # One copy of the image for each row of the Jacobian: one backward pass gives them all.
+    copies = y.expand(dims, -1, -1, -1).clone().requires_grad_()
+    conditions = None if coarse is None else coarse.expand(dims, -1, -1, -1)
+    latent = flow.transport(copies, conditions, solver=ADAPTIVE)
+    identity = torch.eye(dims, dtype=torch.float64).reshape(latent.shape)
+    (jacobian,) = torch.autograd.grad(latent, copies, identity)
+    normal = -0.5 * (latent[0].square().sum() + dims * math.log(2 * math.pi))
+    volume = torch.linalg.slogdet(jacobian.flatten(1)).logabsdet
+    found = flow.log_prob(y, coarse, solver=ADAPTIVE, trace=EXACT).log_prob[0]
+    assert volume.abs() > 2e-2
+    assert (found - normal - volume).abs() < 1e-3
 
 
 @EVERY
 def test_transport_backwards_undoes_transport(name):
     flow, y, coarse = case(name)
     with torch.no_grad():
-        latent = flow.transport(y, coarse, solver=TIGHT)
-        back = flow.transport(latent, coarse, backwards=True, solver=TIGHT)
+        latent = flow.transport(y, coarse, solver=ADAPTIVE)
+        back = flow.transport(latent, coarse, backwards=True, solver=ADAPTIVE)
     assert (latent - y).abs().max() > 1e-2
-    torch.testing.assert_close(latent, tight(name).latent, rtol=0, atol=1e-6)
-    torch.testing.assert_close(back, y, rtol=0, atol=1e-5)
+    torch.testing.assert_close(back, y, rtol=0, atol=1e-3)
+
+
+@EVERY
+def test_transport_and_log_prob_reach_the_same_latent(name):
+    flow, y, coarse = case(name)
+    latent = flow.transport(y, coarse, solver=STEPS)
+    found = flow.log_prob(y, coarse, solver=STEPS, trace=EXACT).latent
+    torch.testing.assert_close(latent, found, rtol=0, atol=1e-12)
 
 
 @EVERY
@@ -184,7 +188,7 @@ def test_saved_weights_give_the_same_densities(name, tmp_path):
 @pytest.mark.parametrize("method", ["hutchinson", "hutch++"])
 def test_estimated_log_probs_average_to_the_exact_one(method, name):
     flow, y, coarse = case(name, n=1)
-    rows = 600
+    rows = 200
     many = y.expand(rows, -1, -1, -1)
     conditions = None if coarse is None else coarse.expand(rows, -1, -1, -1)
     with torch.no_grad():
@@ -281,20 +285,18 @@ def test_start_and_end_are_the_ends_of_the_path():
 @pytest.mark.parametrize("dims", [1, 2])
 def test_densities_integrate_to_one(dims, field):
     small = {"hidden": (4,)} if field is PaperField else {"width": 3, "depth": 1}
-    flow = awake(ContinuousFlow([field(1, **small)]), size=0.3)
-    side = torch.linspace(-9, 9, 181 if dims == 1 else 91, dtype=torch.float64)
+    flow = awake(ContinuousFlow([field(1, **small)]), size=0.2)
+    side = torch.linspace(-9, 9, 181 if dims == 1 else 61, dtype=torch.float64)
     points = torch.cartesian_prod(*[side] * dims).reshape(-1, 1, 1, dims)
     with torch.no_grad():
-        found = flow.log_prob(points, solver=Solver("rk4", steps=16), trace=EXACT)
+        found = flow.log_prob(points, solver=Solver("midpoint", steps=16), trace=EXACT)
     mass = found.log_prob.exp().sum() * (side[1] - side[0]) ** dims
-    assert mass.item() == pytest.approx(1, abs=2e-3)
+    assert mass.item() == pytest.approx(1, abs=5e-3)
     # Not merely the normal it would be at rest.
     assert (found.latent - points).abs().max() > 0.1
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"method": "approximate"}, {"probes": 0}, {"kind": "uniform"}]
-)
+@pytest.mark.parametrize("wrong", [{"method": "approximate"}, {"probes": 0}, {"kind": "uniform"}])
 def test_wrong_trace_settings_are_refused(wrong):
     with pytest.raises(UserError, match="trace"):
         Trace(**wrong)

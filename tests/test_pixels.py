@@ -146,10 +146,10 @@ def test_other_than_byte_images_are_refused(images):
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(UserError, match="'gauss'.*uniform, gaussian"):
+    with pytest.raises(UserError, match=r"'gauss'.*uniform, gaussian"):
         pixels.dequantise(EVERY_VALUE, kind="gauss")
 
 
 def test_the_wrong_number_of_channels_is_refused():
-    with pytest.raises(UserError, match="1 channel.*built for 3"):
+    with pytest.raises(UserError, match=r"1 channel.*built for 3"):
         pixels.check_images(EVERY_VALUE, 3)

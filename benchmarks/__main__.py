@@ -1,0 +1,115 @@
+"""`python -m benchmarks [--quick] --json FILE`: the table of this machine, printed and written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import machine, scaling, solves, steps
+from benchmarks.workload import Workload, paper_model
+
+WORKS = ("ml_step", "fm_step", "evaluate", "sample", "scale")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--json", type=Path, required=True, help="file to write the rows to")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats and sizes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: both, where there")
+    parser.add_argument("--work", default=",".join(WORKS), help="comma-separated subset")
+    parser.add_argument("--batch", type=int, default=0, help="images; default 8, on CUDA 128")
+    parser.add_argument("--repeats", type=int, default=0, help="rounds; default 7, quick 2")
+    parser.add_argument("--train", type=int, default=-1, help="steps before; default 160, quick 40")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; default PyTorch's")
+    parser.add_argument("--plot", type=Path, help="write the figure of `scale` here")
+    options = parser.parse_args(arguments)
+    wanted = options.work.split(",")
+    if unknown := sorted(set(wanted) - set(WORKS)):
+        parser.error(f"--work {','.join(unknown)}: choose from {','.join(WORKS)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no CUDA device; leave --device out")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    rows: list[dict[str, Any]] = []
+    for device in [options.device] if options.device else devices:
+        rows += measure(device, wanted, options)
+        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if options.plot and "scale" in wanted:
+        scaling.plot([row for row in rows if row["device"] == rows[-1]["device"]], options.plot)
+    print(f"wrote {options.json}")
+    return 0
+
+
+def measure(device: str, wanted: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rows of one device; each is printed as soon as it is known."""
+    quick = options.quick
+    repeats = options.repeats or (2 if quick else 7)
+    batch = options.batch or (8 if device == "cpu" else 128)
+    training = options.train if options.train >= 0 else (40 if quick else 160)
+    started = time.perf_counter()
+    work = paper_model(device, batch, training)
+    about = {"device": device, **environment(device), **work.about, "quick": quick}
+    print(f"# {about}\n# {convolutions(work)}")
+    print(f"{'work':9}{'ratio':>7} {'(min–max)':>13}{'ours':>10}{'reference':>11}{'MiB':>7}  what")
+    makers = {
+        "ml_step": lambda: steps.ml_rows(work, repeats, quick),
+        "fm_step": lambda: steps.fm_rows(work, repeats),
+        "evaluate": lambda: solves.evaluate_rows(work, repeats),
+        "sample": lambda: solves.sample_rows(work, repeats),
+        "scale": lambda: scaling.scale_rows(device, 1 if quick else 3, quick),
+    }
+    rows: list[dict[str, Any]] = []
+    for name in WORKS:
+        if name in wanted:
+            found = [{**row, **about} for row in makers[name]()]
+            for row in found:
+                show(row)
+            rows += found
+    print(f"# {device}: {time.perf_counter() - started:.0f} s in all", flush=True)
+    return rows
+
+
+def environment(device: str) -> dict[str, object]:
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": name}
+
+
+def convolutions(work: Workload) -> str:
+    """Throughput of the finest level's hidden convolutions in the formats one may choose."""
+    level = list(work.model)[-1]
+    parts = []
+    for name, memory_format, dtype in (
+        ("float32 NCHW", torch.contiguous_format, torch.float32),
+        ("float32 channels_last", torch.channels_last, torch.float32),
+        ("bfloat16 channels_last", torch.channels_last, torch.bfloat16),
+    ):
+        rate = machine.throughput(level, 2 * work.batch, memory_format=memory_format, dtype=dtype)
+        parts.append(f"{name} {rate / 1e9:.0f}")
+    return "convolutions, forward and backward, GFLOP/s: " + ", ".join(parts)
+
+
+def show(row: dict[str, Any]) -> None:
+    extra = ""
+    if "share_of_convolutions" in row:
+        extra = f" · {row['share_of_convolutions']:.0%} of bare convolutions"
+    spread = f"({row['ratio_min']:.1f}–{row['ratio_max']:.1f})"
+    print(
+        f"{row['work']:9}{row['ratio']:6.1f}× {spread:>13}{row['seconds']:9.4f}s"
+        f"{row['reference_seconds']:10.4f}s{row['peak_bytes'] / 2**20:7.0f}  {row['name']}{extra}",
+        flush=True,
+    )
+    for kind, reason in row.get("skipped", {}).items():
+        print(f"#        skipped: {kind}: {reason}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""The benchmarks run and keep their contract. How fast anything is, no test says."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import machine, steps, timing, workload
+from benchmarks.__main__ import WORKS, main
+
+KEYS = {"work", "device", "ratio", "seconds", "reference_seconds", "peak_bytes"}
+
+
+@pytest.mark.slow
+def test_a_quick_run_writes_rows_of_the_contract(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MRCNF_DATA", str(tmp_path))  # photos, whatever lies on this machine
+    out, figure = tmp_path / "rows.json", tmp_path / "scale.png"
+    arguments = ["--quick", "--device", "cpu", "--batch", "1", "--repeats", "1", "--train", "4"]
+    assert main([*arguments, "--json", str(out), "--plot", str(figure)]) == 0
+    rows = json.loads(out.read_text())
+    assert {row["work"] for row in rows} == set(WORKS)
+    for row in rows:
+        assert row.keys() >= KEYS | {"name", "nfe", "settings", "reference_settings", "torch"}
+        assert row["device"] == "cpu" and row["data"].startswith("photos")
+        for key in ("ratio", "seconds", "reference_seconds"):
+            assert math.isfinite(row[key]) and row[key] > 0
+        assert row["ratio"] == pytest.approx(row["reference_seconds"] / row["seconds"])
+        assert row["peak_bytes"] > 0 and row["parameters"] == 509_604
+    assert figure.stat().st_size > 0
+    assert "ml_step" in capsys.readouterr().out
+
+
+def test_mistakes_are_named(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--json", str(tmp_path / "x.json"), "--work", "ml_step,naps"])
+    assert stopped.value.code == 2
+    assert "naps" in capsys.readouterr().err
+
+
+def test_alternate_runs_in_turn_and_drops_the_first_round():
+    order: list[str] = []
+    works = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    seconds = timing.alternate(works, torch.device("cpu"), 2)
+    assert order == ["a", "b"] * 3
+    assert {name: len(found) for name, found in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_compare_takes_medians():
+    row = timing.compare([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])
+    assert (row["ratio"], row["ratio_min"], row["ratio_max"]) == (2.0, 2.0, 3.0)
+
+
+def test_peak_counts_what_is_held_at_once():
+    def work() -> None:
+        for _ in range(3):
+            held = torch.zeros(1_000_000)
+            del held
+
+    peak = timing.peak_bytes(work, torch.device("cpu"))
+    assert 4_000_000 <= peak < 8_000_000
+
+
+def test_flop_of_a_step_are_counted():
+    level, x, log_q = workload.single_level(16, "cpu", 1)
+    once = machine.flop(lambda: steps.likelihood_step(level, x, log_q, steps.Solver("euler", 1)))
+    twice = machine.flop(lambda: steps.likelihood_step(level, x, log_q, steps.Solver("euler", 2)))
+    assert 0 < 1.8 * once < twice < 2.2 * once
+
+
+@pytest.mark.parametrize("missing", ["pywt", "pywt tyro PIL pooch tqdm matplotlib"])
+def test_package_and_benchmarks_load_on_a_bare_machine(missing):
+    """A lent GPU machine has PyTorch and torchdiffeq, and neither data nor command line."""
+    blocked = missing.split()
+    code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\n"
+    code += "import benchmarks.__main__, benchmarks.workload as w\nprint(w.images(32, 2)[1])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "synthetic" in done.stdout

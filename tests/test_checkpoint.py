@@ -1,0 +1,274 @@
+"""Runs on disk: what is read is what was written, or an error that names the file."""
+
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from runs import files, images, smooth_images, tiny, trained
+from safetensors.torch import save_file
+
+import mrcnf
+from mrcnf import checkpoint, train
+from mrcnf import files as writing
+from mrcnf.errors import UserError
+
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3, dtype=torch.int64)}
+METADATA = {"words": ["ü", 1.5, None], "level": {"4": True}}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A trained run of two levels; not to be changed."""
+    return trained(tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def refused(path, call):
+    with pytest.raises(UserError) as error:
+        call()
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    return str(error.value)
+
+
+class Payload:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def test_tensors_and_metadata_are_read_as_written(tmp_path):
+    path = tmp_path / "new" / "file"
+    checkpoint.write_tensors(path, TENSORS, METADATA)
+    tensors, metadata = checkpoint.read_tensors(path)
+    assert same(tensors, TENSORS) and metadata == METADATA
+    assert tensors["b"].dtype == torch.int64
+
+
+def test_every_truncation_is_an_error(tmp_path):
+    path = tmp_path / "file"
+    checkpoint.write_tensors(path, TENSORS, METADATA)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        refused(path, lambda: checkpoint.read_tensors(path))
+
+
+def test_no_flipped_bit_changes_what_is_read(tmp_path):
+    path = tmp_path / "file"
+    checkpoint.write_tensors(path, TENSORS, METADATA)
+    whole, noticed = path.read_bytes(), 0
+    bits = range(0, 8 * len(whole), 7)  # every place within a byte, everywhere
+    for bit in bits:
+        spoilt = bytearray(whole)
+        spoilt[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(spoilt)
+        try:
+            tensors, metadata = checkpoint.read_tensors(path)
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            noticed += 1
+        else:
+            assert same(tensors, TENSORS) and metadata == METADATA
+    assert noticed > 0.95 * len(bits)
+
+
+def test_weights_of_another_program_are_refused(run):
+    path = run / "level-4" / checkpoint.WEIGHTS
+    save_file(TENSORS, path)
+    assert "not written by mrcnf" in refused(path, lambda: mrcnf.load(run))
+
+
+def test_a_training_state_is_not_taken_for_weights(run):
+    path = run / "level-4" / checkpoint.WEIGHTS
+    shutil.copy(run / "level-4" / checkpoint.STATE, path)
+    assert "does not hold a level" in refused(path, lambda: mrcnf.load(run))
+
+
+@pytest.mark.parametrize("dump", [pickle.dump, torch.save], ids=["pickle", "torch.save"])
+@pytest.mark.parametrize("name", [checkpoint.WEIGHTS, checkpoint.STATE])
+def test_a_hostile_pickle_is_not_executed(run, dump, name, tmp_path):
+    victim = tmp_path / "executed"
+    path = run / "level-4" / name
+    with open(path, "wb") as file:
+        dump(Payload(victim), file)
+    if name == checkpoint.WEIGHTS:
+        refused(path, lambda: mrcnf.load(run))
+        refused(path, lambda: checkpoint.describe(run))
+    else:
+        refused(path, lambda: trained(run, level=4, resume=True))
+    assert not victim.exists()
+    with open(path, "rb") as file:  # it would have worked on a careless reader
+        if dump is pickle.dump:
+            pickle.load(file)
+        else:
+            torch.load(file, weights_only=False)
+    assert victim.exists()
+
+
+def test_nothing_is_ever_unpickled(run, monkeypatch):
+    def refuse(*args, **options):
+        raise AssertionError("something was unpickled")
+
+    for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(module, name, refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    mrcnf.load(run)
+    trained(run, "train.steps=5", resume=True)
+
+
+def test_a_damaged_state_offers_the_one_before(run):
+    folder = run / "level-4"
+    path, previous = folder / checkpoint.STATE, folder / checkpoint.PREVIOUS
+    path.write_bytes(path.read_bytes()[:-9])
+    message = refused(path, lambda: trained(run, level=4, resume=True))
+    assert f"an older one is at {previous}" in message and "rename it" in message
+    previous.rename(path)
+    before = checkpoint.read_tensors(folder / checkpoint.WEIGHTS)[0]
+    trained(run, level=4, resume=True)
+    assert same(checkpoint.read_tensors(folder / checkpoint.WEIGHTS)[0], before)
+    path.write_bytes(b"")
+    (folder / checkpoint.PREVIOUS).unlink()
+    assert "older" not in refused(path, lambda: trained(run, level=4, resume=True))
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, function, error):
+    path = tmp_path / "file"
+    writing.write(path, "old")
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(os, function, fail)
+    with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt):
+        writing.write(path, "new")
+    assert files(tmp_path) == {path.relative_to(tmp_path): b"old"}
+
+
+def test_a_folder_below_a_file_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    path = tmp_path / "file" / "run" / "a"
+    assert "choose another place" in refused(path, lambda: writing.write(path, "new"))
+
+
+def test_levels_from_different_folders_make_the_same_model(finished, tmp_path):
+    original = mrcnf.load(finished)
+    parts = [tmp_path / "a", tmp_path / "b"]
+    for part, resolution in zip(parts, (4, 2), strict=True):
+        trained(part, level=resolution)
+    assert checkpoint.assemble(parts, tmp_path / "whole") == [2, 4]
+    for model in (mrcnf.load(tmp_path / "whole"), checkpoint.load(parts)):
+        assert same(model.state_dict(), original.state_dict())
+        picked = [torch.Generator().manual_seed(3) for _ in range(2)]
+        assert torch.equal(
+            model.log_prob(smooth_images(), generator=picked[0]),
+            original.log_prob(smooth_images(), generator=picked[1]),
+        )
+    assert files(tmp_path / "whole" / "level-2") == files(parts[1] / "level-2")
+
+
+def test_a_loaded_model_is_the_trained_one(tmp_path):
+    trainer = train.Trainer(tiny(), 2, images(), tmp_path / "run")
+    trainer.run(progress=False)
+    loaded = checkpoint.load(tmp_path / "run").level(2)
+    assert not loaded.training
+    assert same(loaded.state_dict(), trainer.finished_level().state_dict())
+    assert (loaded.field, loaded.solver) == (trainer.config.field, trainer.config.solver)
+
+
+def test_a_missing_level_is_named(tmp_path):
+    three = ["model.resolutions=[2,4,8]", "train.steps=1"]
+    for level in (2, 8):
+        trained(tmp_path / "run", *three, data=images(side=8), level=level)
+    message = refused("level 4 is missing", lambda: mrcnf.load(tmp_path / "run"))
+    assert "--level 4" in message
+
+
+@pytest.mark.parametrize(
+    ("other", "data", "word"),
+    [
+        ([], images(channels=3), "channels"),
+        (["model.nbits=5"], images(), "nbits"),
+        (["model.base=logit"], images(), "base"),
+        (["model.dequantisation=gaussian"], images(), "dequantisation"),
+        (["model.resolutions=[4,8]"], images(side=8), "base level"),
+    ],
+)
+def test_levels_of_different_models_are_not_joined(finished, tmp_path, other, data, word):
+    settings = ["train.steps=1", *other]
+    level = data.pixels.shape[-1]
+    alien = trained(tmp_path / "alien", *settings, data=data, level=level)
+    mixed = shutil.copytree(finished / "level-2", tmp_path / "mixed" / "level-2")
+    shutil.copytree(alien / f"level-{level}", mixed.parent / f"level-{level}")
+    message = refused("belongs to another model", lambda: mrcnf.load(mixed.parent))
+    assert f": {word} is" in message or f"its {word} is" in message
+
+
+def test_the_same_level_twice_is_refused(finished, tmp_path):
+    other = shutil.copytree(finished, tmp_path / "other")
+    refused("level 2 is in both", lambda: checkpoint.load([finished, other]))
+
+
+def test_assembling_over_a_level_changes_nothing(finished, tmp_path):
+    target = tmp_path / "out"
+    (target / "level-4").mkdir(parents=True)
+    refused(target / "level-4", lambda: checkpoint.assemble([finished], target))
+    assert [p.name for p in target.iterdir()] == ["level-4"]
+
+
+def test_a_failed_copy_leaves_no_half_level(finished, tmp_path, monkeypatch):
+    def fail(source, target, **options):
+        os.makedirs(target)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copytree", fail)
+    refused(finished, lambda: checkpoint.assemble([finished], tmp_path / "out"))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_is_not_a_run(tmp_path):
+    refused(tmp_path / "none", lambda: mrcnf.load(tmp_path / "none"))
+    assert "no trained level" in refused(tmp_path, lambda: mrcnf.load(tmp_path))
+
+
+def test_weights_explain_themselves(finished):
+    described = checkpoint.describe(finished)
+    assert list(described) == [2, 4]
+    for resolution, metadata in described.items():
+        assert metadata["resolution"] == resolution
+        assert (metadata["step"], metadata["steps"]) == (4, 4)
+        assert metadata["data"] == images().sha256
+        level = mrcnf.load(finished).level(resolution)
+        assert metadata["parameters"] == sum(p.numel() for p in level.parameters())
+    assert images().sha256 in (finished / "level-4" / "config.toml").read_text()
+    assert json.loads((finished / "level-4" / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def test_the_next_level_takes_the_finest_ones_settings(finished):
+    settings = checkpoint.extended_config(finished, 8, ["train.steps=9"])
+    assert settings.model.resolutions == (2, 4, 8)
+    assert (settings.train.steps, settings.train.batch, settings.train.init) == (9, 4, "")
+    with pytest.raises(UserError, match="extend it to 8, not 16"):
+        checkpoint.extended_config(finished, 16)
+
+
+def test_gaussian_noise_is_tied_to_the_finest_level(tmp_path):
+    run = trained(tmp_path / "run", "model.dequantisation=gaussian", "train.steps=1")
+    with pytest.raises(UserError, match="uniform dequantisation can be extended"):
+        checkpoint.extended_config(run, 8)

@@ -1,0 +1,80 @@
+"""The README's commands and example are true."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from mrcnf import cli, train
+from mrcnf.config import from_table
+from mrcnf.data import Images
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BASH = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+        for line in block.splitlines()]  # fmt: skip
+COMMANDS = [line.split("#")[0].strip() for line in BASH if line.startswith("mrcnf ")]
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """A barely trained 8-16-32 run at runs/demo, as the example expects."""
+    folder = tmp_path_factory.mktemp("readme")
+    pixels = torch.randint(0, 256, (8, 1, 32, 32), dtype=torch.uint8)
+    table = {
+        "field": {"width": 4, "depth": 1},
+        "train": {"steps": 1, "batch": 4},
+        "solver": {"steps": 2},
+    }
+    for resolution in (8, 16, 32):
+        images = Images(pixels, "noise", "train")
+        train.Trainer(from_table(table), resolution, images, folder / "runs/demo").run(
+            progress=False
+        )
+    return folder
+
+
+def test_the_python_example_runs(tiny_run, monkeypatch, capsys):
+    monkeypatch.chdir(tiny_run)
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict = {}
+    exec(example, names)
+    assert "(8, 16, 32)" in capsys.readouterr().out
+    assert names["finer"].shape == (4, 1, 32, 32)
+    assert names["path"].shape == (5, 1, 1, 32, 32)
+    expected = -names["detail"][0].numel() / 2  # the divergence of -y/2
+    assert names["divergence"].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_have_the_flags_that_the_readme_names(command, capsys):
+    words = shlex.split(command)[1:]
+    flags = [w for w in cli.gather_overrides(words) if w.startswith("--")]
+    with pytest.raises(SystemExit) as end:
+        cli.main([words[0], "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for flag in flags:
+        assert flag in text, f"{flag} is not a flag of mrcnf {words[0]}"
+
+
+def test_there_are_commands_to_check():
+    assert len(COMMANDS) >= 9
+
+
+def test_the_test_command_is_the_one_ci_runs():
+    (command,) = [line for line in BASH if line.endswith("&& pytest")]
+    assert command in (ROOT / ".ci/run").read_text()
+
+
+def test_the_tree_in_the_readme_exists():
+    for path in re.findall(r"(mrcnf/\w+\.py)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_recipe_of_the_experiments_table_exists():
+    table = (ROOT / "experiments/README.md").read_text()
+    named = set(re.findall(r"experiments/([\w-]+\.toml)", table))
+    assert named == {path.name for path in (ROOT / "experiments").glob("*.toml")}
