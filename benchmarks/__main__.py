@@ -92,8 +92,8 @@ def convolutions(work: Workload) -> str:
         ("float32 channels_last", torch.channels_last, torch.float32),
         ("bfloat16 channels_last", torch.channels_last, torch.bfloat16),
     ):
-        rate = machine.throughput(level, 2 * work.batch, memory_format=memory_format, dtype=dtype)
-        parts.append(f"{name} {rate / 1e9:.0f}")
+        run = machine.bare(level, 2 * work.batch, memory_format=memory_format, dtype=dtype)
+        parts.append(f"{name} {machine.rate(run, work.device) / 1e9:.0f}")
     return "convolutions, forward and backward, GFLOP/s: " + ", ".join(parts)
 
 

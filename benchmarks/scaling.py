@@ -9,11 +9,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.steps import MAIN, PUBLISHED, Row, _nfe, likelihood_step, published_step
+from benchmarks.steps import (
+    MAIN,
+    PUBLISHED,
+    Row,
+    _nfe,
+    evaluations,
+    likelihood_step,
+    published_step,
+)
 from benchmarks.timing import Work, alternate, compare, peak_bytes
 from benchmarks.workload import one_block, single_level
 from mrcnf import objectives
-from mrcnf.model import Level
+from mrcnf.level import Level
 from mrcnf.solve import Solver
 
 
@@ -35,6 +43,7 @@ def scale_rows(device: str, repeats: int, quick: bool) -> list[Row]:
             "fm_step": match,
         }
         seconds = alternate(works, x.device, repeats)
+        nfe = evaluations(level, x, log_q)
         for name in ("ml_step", "fm_step"):
             row = compare(seconds["reference"], seconds[name])
             each = min(seconds[name]) / len(x)
@@ -47,6 +56,7 @@ def scale_rows(device: str, repeats: int, quick: bool) -> list[Row]:
                     "reference_peak_bytes": peak_bytes(works["reference"], x.device),
                     "images": len(x),
                     "nfe": 1 if name == "fm_step" else 2 * _nfe(MAIN),
+                    "reference_nfe": nfe,
                     "settings": str(MAIN) if name == "ml_step" else "flow matching, one block",
                     "reference_settings": PUBLISHED + ", two blocks",
                     "kind": name,

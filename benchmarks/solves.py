@@ -14,7 +14,8 @@ from benchmarks.timing import Work, alternate, compare, peak_bytes
 from benchmarks.workload import Workload
 from mrcnf import pixels, reference
 from mrcnf.flow import Trace
-from mrcnf.model import Level, MultiResolutionFlow
+from mrcnf.level import Level
+from mrcnf.model import MultiResolutionFlow
 from mrcnf.solve import Solver, Statistics
 
 TIGHT = Solver("dopri5", 0, rtol=1e-7, atol=1e-7)
@@ -114,7 +115,7 @@ def _worst(found: Tensor, truth: Tensor) -> float:
 
 @torch.no_grad()
 def sample_rows(work: Workload, repeats: int) -> list[Row]:
-    """Sampling with the cheapest solver whose end points are no worse than the published ones."""
+    """Sampling with the cheapest solvers whose end points are no worse than the published ones."""
     generator = torch.Generator().manual_seed(3)
     latents = {
         level.resolution: torch.randn(work.batch, *level.shape, generator=generator).to(work.device)
@@ -132,7 +133,8 @@ def sample_rows(work: Workload, repeats: int) -> list[Row]:
 
         allowed = _grey(theirs()[0], exact)
         matching = [s for s in solvers if errors[s] <= allowed]
-        chosen = matching[0] if matching else min(solvers, key=lambda s: errors[s])
+        same = matching[0] if matching else min(solvers, key=lambda s: errors[s])
+        chosen = _relax(work.model, latents, same, solvers, exact, allowed)
         works: dict[str, Work] = {
             "reference": theirs,
             "value": partial(theirs, False),
@@ -152,11 +154,11 @@ def sample_rows(work: Workload, repeats: int) -> list[Row]:
                 "reference_peak_bytes": peak_bytes(theirs, work.device),
                 "images": work.batch,
                 "images_per_second": work.batch / measured,
-                "nfe": 2 * len(latents) * _nfe(chosen),
+                "nfe": {r: 2 * _nfe(solver) for r, solver in chosen.items()},
                 "reference_nfe": theirs()[1],
-                "settings": str(chosen),
+                "settings": {r: str(solver) for r, solver in chosen.items()},
                 "reference_settings": f"bosh3 {tolerance:g}, first step 1/6, density carried along",
-                "error_grey_levels": errors[chosen],
+                "error_grey_levels": _grey(_grow(work.model, latents, chosen), exact),
                 "reference_error_grey_levels": allowed,
                 "equal_error": bool(matching),
                 "tight": f"float64, {TIGHT}",
@@ -165,10 +167,34 @@ def sample_rows(work: Workload, repeats: int) -> list[Row]:
     return rows
 
 
-def _grow(model: MultiResolutionFlow, latents: Mapping[int, Tensor], solver: Solver) -> Tensor:
+def _relax(
+    model: MultiResolutionFlow,
+    latents: Mapping[int, Tensor],
+    same: Solver,
+    solvers: list[Solver],
+    exact: Tensor,
+    allowed: float,
+) -> dict[int, Solver]:
+    """From one solver for all levels, cheaper ones level by level, finest first, where enough."""
+    chosen = dict.fromkeys(latents, same)
+    for resolution in sorted(latents, reverse=True):
+        for solver in solvers[: solvers.index(same)]:
+            trial = chosen | {resolution: solver}
+            if _grey(_grow(model, latents, trial), exact) <= allowed:
+                chosen = trial
+                break
+    return chosen
+
+
+def _grow(
+    model: MultiResolutionFlow,
+    latents: Mapping[int, Tensor],
+    solver: Solver | Mapping[int, Solver],
+) -> Tensor:
     x: Tensor | None = None
     for level in model:
-        x = level.generate(latents[level.resolution], x, solver)
+        own = solver[level.resolution] if isinstance(solver, Mapping) else solver
+        x = level.generate(latents[level.resolution], x, own)
     assert x is not None
     return x
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import statistics
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -16,7 +17,7 @@ from benchmarks.timing import Work, alternate, compare, peak_bytes
 from benchmarks.workload import Workload, one_block
 from mrcnf import objectives, reference
 from mrcnf.flow import Trace
-from mrcnf.model import Level
+from mrcnf.level import Level
 from mrcnf.solve import Solver
 from mrcnf.velocity import PaperField
 
@@ -110,22 +111,19 @@ def ml_rows(work: Workload, repeats: int, quick: bool) -> list[Row]:
         "reference": partial(_published_steps, levels, x, log_q),
         **{name: partial(ours, solvers) for name, solvers in settings.items()},
     }
-    seconds = alternate(works, work.device, repeats)
+    bare = {}
+    for name, solvers in settings.items():
+        parts: list[tuple[Level, Work]] = [
+            (a, partial(likelihood_step, a, x, log_q, solvers[a.resolution])) for a in levels
+        ]
+        bare[name] = machine.share_of(parts, 2 * len(x))
+    convolutions = {f"bare, {name}": run for name, (run, _) in bare.items()}
+    seconds = alternate(works | convolutions, work.device, repeats)
     peaks = {name: peak_bytes(run, work.device) for name, run in works.items()}
     nfe = {level.resolution: evaluations(level, x, log_q) for level in levels}
-    ideal = {  # seconds that bare convolutions of these shapes would take
-        name: sum(
-            machine.flop(partial(likelihood_step, level, x, log_q, solvers[level.resolution]))
-            / machine.throughput(level, 2 * len(x))
-            for level in levels
-        )
-        for name, solvers in settings.items()
-    }
     rows: list[Row] = []
     for name, solvers in settings.items():
         row = compare(seconds["reference"], seconds[name])
-        measured = row["seconds"]
-        assert isinstance(measured, float)
         rows.append(
             {
                 "work": "ml_step",
@@ -140,7 +138,9 @@ def ml_rows(work: Workload, repeats: int, quick: bool) -> list[Row]:
                 "reference_settings": PUBLISHED,
                 "gradient": {r: errors[r][str(solver)] for r, solver in solvers.items()},
                 "reference_gradient": {r: errors[r]["reference"] for r in solvers},
-                "share_of_convolutions": ideal[name] / measured,
+                "share_of_convolutions": _share(
+                    seconds[f"bare, {name}"], bare[name][1], seconds[name]
+                ),
             }
         )
     return rows + _switches(work, repeats, quick)
@@ -168,6 +168,11 @@ def _choose(
             found[str(MAIN)] = agreement(gradient(level, partial(ours, MAIN)), truth)
         errors[level.resolution] = found
     return chosen, errors
+
+
+def _share(bare: list[float], factor: float, step: list[float]) -> float:
+    """Of the time that bare convolutions would take in the time that a step took."""
+    return factor * statistics.median(a / b for a, b in zip(bare, step, strict=True))
 
 
 def _nfe(solver: Solver) -> int:
@@ -294,21 +299,24 @@ def fm_rows(work: Workload, repeats: int) -> list[Row]:
     x, log_q = work.take(work.batch)
     levels = [one_block(level) for level in work.model]
 
-    def match(half: bool = False) -> None:
+    def match_level(level: Level, half: bool = False) -> None:
+        level.zero_grad()
         generator = torch.Generator(x.device).manual_seed(1)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+            loss, _ = objectives.flow_matching(level, x, generator=generator)
+        loss.backward()
+
+    def match(half: bool = False) -> None:
         for level in levels:
-            level.zero_grad()
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
-                loss, _ = objectives.flow_matching(level, x, generator=generator)
-            loss.backward()
+            match_level(level, half)
 
     works: dict[str, Work] = {
         "reference": partial(_published_steps, levels, x, log_q),
         "float32": match,
         "bfloat16": lambda: match(True),
     }
-    seconds = alternate(works, work.device, repeats)
-    flop = [machine.flop(match), sum(machine.throughput(a, len(x)) for a in levels) / len(levels)]
+    bare, factor = machine.share_of([(a, partial(match_level, a)) for a in levels], len(x))
+    seconds = alternate(works | {"bare": bare}, work.device, repeats)
     rows: list[Row] = []
     for name in ("float32", "bfloat16"):
         row: Row = {
@@ -324,8 +332,6 @@ def fm_rows(work: Workload, repeats: int) -> list[Row]:
             "reference_settings": PUBLISHED,
         }
         if name == "float32":
-            measured = row["seconds"]
-            assert isinstance(measured, float)
-            row["share_of_convolutions"] = flop[0] / flop[1] / measured
+            row["share_of_convolutions"] = _share(seconds["bare"], factor, seconds[name])
         rows.append(row)
     return rows

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from mrcnf import pixels
 from mrcnf.errors import UserError
-from mrcnf.model import FieldConfig, Level, ModelConfig, MultiResolutionFlow
+from mrcnf.level import FieldConfig, Level, ModelConfig
+from mrcnf.model import MultiResolutionFlow
 from mrcnf.velocity import PaperField
 
 FIELD = FieldConfig(kind="paper", width=64, depth=1, blocks=2)

@@ -9,7 +9,8 @@ from mrcnf import haar, pixels, trace
 from mrcnf.checkpoint import load
 from mrcnf.errors import UserError
 from mrcnf.flow import ContinuousFlow, Trace
-from mrcnf.model import FieldConfig, Level, ModelConfig, MultiResolutionFlow
+from mrcnf.level import FieldConfig, Level, ModelConfig
+from mrcnf.model import MultiResolutionFlow
 from mrcnf.solve import Solver, SolverError
 
 __version__ = "0.1.0"

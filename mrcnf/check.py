@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mrcnf import haar, pixels, trace
 from mrcnf.flow import ContinuousFlow, Trace
-from mrcnf.model import FieldConfig, Level, ModelConfig, MultiResolutionFlow
+from mrcnf.level import FieldConfig, Level, ModelConfig
+from mrcnf.model import MultiResolutionFlow
 from mrcnf.solve import ADAPTIVE, FIXED, Solver, solve
 from mrcnf.velocity import Conditioned, PaperField, ResidualField
 

@@ -31,7 +31,8 @@ from mrcnf import config as configuration
 from mrcnf.errors import UserError
 from mrcnf.files import write
 from mrcnf.flow import Trace
-from mrcnf.model import FieldConfig, Level, ModelConfig, MultiResolutionFlow
+from mrcnf.level import FieldConfig, Level, ModelConfig
+from mrcnf.model import MultiResolutionFlow
 from mrcnf.solve import Solver
 
 WEIGHTS, STATE, PREVIOUS = "weights.safetensors", "state.safetensors", "state.previous.safetensors"

@@ -18,7 +18,7 @@ from typing import Any
 
 from mrcnf.errors import UserError
 from mrcnf.flow import Trace
-from mrcnf.model import FieldConfig, ModelConfig
+from mrcnf.level import FieldConfig, ModelConfig
 from mrcnf.objectives import OBJECTIVES, TIMES
 from mrcnf.solve import Solver
 

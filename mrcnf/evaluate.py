@@ -16,7 +16,8 @@ from mrcnf import pixels
 from mrcnf.data import Images
 from mrcnf.errors import UserError
 from mrcnf.flow import Trace
-from mrcnf.model import Level, MultiResolutionFlow
+from mrcnf.level import Level
+from mrcnf.model import MultiResolutionFlow
 from mrcnf.solve import Solver
 
 

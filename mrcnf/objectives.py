@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mrcnf import pixels
 from mrcnf.errors import UserError
 from mrcnf.flow import Trace
-from mrcnf.model import Level
+from mrcnf.level import Level
 from mrcnf.solve import Solver
 
 if TYPE_CHECKING:

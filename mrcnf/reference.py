@@ -19,7 +19,7 @@ from torch import Tensor
 from mrcnf import haar, pixels
 from mrcnf.errors import UserError
 from mrcnf.flow import FlowResult
-from mrcnf.model import Level
+from mrcnf.level import Level
 from mrcnf.solve import Solver, State, Statistics, solve
 from mrcnf.velocity import PaperField, Stack
 

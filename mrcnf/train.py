@@ -25,7 +25,7 @@ from mrcnf import checkpoint, data, files, objectives, pixels, runtime
 from mrcnf.config import Config, DataConfig, to_table, to_toml
 from mrcnf.data import Images
 from mrcnf.errors import UserError
-from mrcnf.model import Level, ModelConfig
+from mrcnf.level import Level, ModelConfig
 
 
 class TrainingError(RuntimeError):

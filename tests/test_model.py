@@ -9,7 +9,8 @@ from fields import awake
 from mrcnf import haar, pixels
 from mrcnf.errors import UserError
 from mrcnf.flow import Trace
-from mrcnf.model import FieldConfig, Level, ModelConfig, MultiResolutionFlow
+from mrcnf.level import FieldConfig, Level, ModelConfig
+from mrcnf.model import MultiResolutionFlow
 from mrcnf.solve import Solver
 
 EXACT = Trace("exact")

@@ -10,7 +10,7 @@ from torch import nn
 from mrcnf import haar, pixels
 from mrcnf.errors import UserError
 from mrcnf.flow import Trace
-from mrcnf.model import FieldConfig, Level, ModelConfig
+from mrcnf.level import FieldConfig, Level, ModelConfig
 from mrcnf.objectives import SHORTEST_TIME, TIMES, draw_times, flow_matching, likelihood
 from mrcnf.solve import Solver
 from mrcnf.velocity import ResidualField

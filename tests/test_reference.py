@@ -6,7 +6,7 @@ from fields import awake
 
 from mrcnf import objectives, pixels, reference
 from mrcnf.flow import Trace
-from mrcnf.model import FieldConfig, Level, ModelConfig
+from mrcnf.level import FieldConfig, Level, ModelConfig
 from mrcnf.solve import Solver
 from mrcnf.velocity import PaperField, Stack
 
