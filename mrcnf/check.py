@@ -92,7 +92,7 @@ def _linear_flow() -> Iterator[Finding]:
         error = float((end - exact).abs().max())
         kind = "fixed" if solver.steps else "adaptive"
         claim = f"{kind} {solver.method} solves a linear field: largest error"
-        yield Finding(claim, error, 1e-5 if solver.steps else 1e-4)
+        yield Finding(claim, error, 1e-5)
 
 
 def _normalised() -> Iterator[Finding]:

@@ -47,6 +47,8 @@ class MultiResolutionFlow(nn.Module):
                 f"{list(self.config.resolutions)}; train the missing ones with "
                 "`mrcnf train --level`"
             )
+        if any(level.model != self.config for level in levels):
+            raise UserError("the levels disagree on the model's configuration; load them together")
         self.levels = nn.ModuleList(levels)
 
     @property

@@ -44,6 +44,8 @@ def dequantise(
     """
     check_images(images)
     dtype = dtype or torch.get_default_dtype()
+    if not 1 <= nbits <= 8 or dtype not in (torch.float32, torch.float64):
+        raise UserError(f"cannot dequantise {nbits} bits in {dtype}; use 1 to 8 in float32 or 64")
     levels = 2**nbits
     integers = (images >> (8 - nbits)).to(dtype)
     u = torch.rand(images.shape, generator=generator, device=images.device, dtype=dtype)

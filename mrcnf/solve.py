@@ -33,7 +33,7 @@ _TABLEAUS: dict[str, tuple[list[float], list[list[float]], list[float]]] = {
     ),
 }
 FIXED = tuple(_TABLEAUS)
-ADAPTIVE = ("bosh3", "dopri5", "dopri8", "adaptive_heun", "fehlberg2")
+ADAPTIVE = ("bosh3", "dopri5", "dopri8", "adaptive_heun")
 GRADIENTS = ("direct", "checkpoint", "adjoint")
 
 
@@ -43,7 +43,7 @@ class Solver:
 
     method: str = "midpoint"
     """Runge–Kutta method: euler, midpoint, heun, bosh3, rk4 (fixed steps);
-    bosh3, dopri5, dopri8, adaptive_heun, fehlberg2 (adaptive)."""
+    bosh3, dopri5, dopri8, adaptive_heun (adaptive)."""
     steps: int = 40
     """Number of fixed steps; 0 lets the tolerances decide."""
     spacing: float = 2.0
@@ -120,8 +120,9 @@ class SolverError(RuntimeError):
         self.label, self.t, self.step, self.evaluations = label, t, step, evaluations
         super().__init__(
             f"{label}: {why} at t = {t:.4g} (last step {step:.3g}, {evaluations} evaluations). "
-            "The velocity field is too stiff here: loosen rtol and atol, raise max_evaluations, "
-            "use fixed steps, or train with kinetic-energy regularisation or gradient clipping."
+            "The velocity field is too stiff here, or not finite: check images and weights, loosen "
+            "rtol and atol, raise max_evaluations, use fixed steps, or train with kinetic-energy "
+            "regularisation or gradient clipping."
         )
 
 

@@ -210,7 +210,6 @@ SOLVERS = {
     "dopri8": (Solver("dopri8", steps=0, rtol=1e-8, atol=1e-8), 1e-6),
     "bosh3": (Solver("bosh3", steps=0, rtol=1e-7, atol=1e-7), 1e-5),
     "adaptive_heun": (Solver("adaptive_heun", steps=0), 1e-3),
-    "fehlberg2": (Solver("fehlberg2", steps=0, rtol=1e-7, atol=1e-7), 1e-3),
     "adjoint": (Solver("dopri5", steps=0, rtol=1e-8, atol=1e-8, gradient="adjoint"), 1e-6),
 }
 
