@@ -252,11 +252,15 @@ def _try(
     works[name], models[name] = run, model
 
 
-def _compiled(level: Level, x: Tensor, log_q: Tensor) -> tuple[Level, Work]:
+def _compiled(
+    level: Level, x: Tensor, log_q: Tensor, backend: str = "inductor"
+) -> tuple[Level, Work]:
     fast = copy.deepcopy(level)
     for field in fast.flow.fields:
         assert isinstance(field, PaperField)
-        setattr(field, "run", torch.compile(field.run, dynamic=False))  # noqa: B010
+        # Whole or not at all: a silent return to eager would be measured as a gain of nothing.
+        whole = torch.compile(field.run, dynamic=False, fullgraph=True, backend=backend)
+        setattr(field, "run", whole)  # noqa: B010
     return fast, lambda: likelihood_step(fast, x, log_q, MAIN)
 
 

@@ -65,9 +65,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
     if text.get("format") != FORMAT:
         raise UserError(f"{path} was not written by mrcnf (no {FORMAT!r} mark in its metadata)")
-    # Files from before the checksum covered the metadata are accepted too.
-    known = (_checksum(tensors, text.get("metadata", "")), _checksum(tensors, ""))
-    if text.get("sha256") not in known:
+    if text.get("sha256") != _checksum(tensors, text.get("metadata", "")):
         raise UserError(f"{path} is damaged: its checksum does not match its contents")
     return tensors, json.loads(text["metadata"])
 

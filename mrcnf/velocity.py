@@ -114,12 +114,10 @@ class _SoftplusPair(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         slope, tangents = ctx.saved_tensors
-        stacked, n = torch.empty_like(grad), len(slope)
-        pushed, out = (x[n:].unflatten(0, tangents.shape[:2]) for x in (grad, stacked))
-        bent = torch.addcmul(grad[:n], 1 - slope, (pushed * tangents).sum(0))
-        torch.mul(slope, bent, out=stacked[:n])
-        torch.mul(slope, pushed, out=out)
-        return stacked, stacked[:n].sum_to_size(ctx.bias_shape), None
+        value, pushed = grad[: len(slope)], grad[len(slope) :].unflatten(0, tangents.shape[:2])
+        bent = slope * torch.addcmul(value, 1 - slope, (pushed * tangents).sum(0))
+        stacked = torch.cat((bent, (slope * pushed).flatten(0, 1)))
+        return stacked, bent.sum_to_size(ctx.bias_shape), None
 
 
 class Field(nn.Module):

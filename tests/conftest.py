@@ -1,6 +1,8 @@
 """Every test starts from the same random numbers."""
 
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,3 +19,6 @@ with warnings.catch_warnings():
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+# benchmarks/ is not installed; appended, so that an installed mrcnf comes before the checkout's.
+sys.path.append(str(Path(__file__).parents[1]))

@@ -70,6 +70,16 @@ def test_flop_of_a_step_are_counted():
     assert 0 < 1.8 * once < twice < 2.2 * once
 
 
+@pytest.mark.filterwarnings("ignore")  # PyTorch's tracer warns of what it does itself
+def test_the_dynamics_compile_as_one_graph():
+    """With nothing left to eager, and to the same gradient (aot_eager: tracing, no C++)."""
+    level, x, log_q = workload.single_level(16, "cpu", 1)
+    compiled, run = steps._compiled(level, x, log_q, "aot_eager")
+    found = steps.gradient(compiled, run)
+    expected = steps.gradient(level, lambda: steps.likelihood_step(level, x, log_q, steps.MAIN))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("missing", ["pywt", "pywt tyro PIL pooch tqdm matplotlib"])
 def test_package_and_benchmarks_load_on_a_bare_machine(missing):
     """A lent GPU machine has PyTorch and torchdiffeq, and neither data nor command line."""
