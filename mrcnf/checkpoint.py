@@ -106,7 +106,7 @@ def describe(run: Path | str) -> dict[int, dict[str, Any]]:
 
 
 def find_levels(run: Path | str) -> dict[int, Path]:
-    """The folders of a run that hold finished weights, by resolution, coarsest first."""
+    """The folders of a run that hold weights, by resolution, coarsest first."""
     run = Path(run)
     if not run.is_dir():
         raise UserError(
@@ -155,7 +155,20 @@ def load(
         )
         _fill(level, tensors, files[resolution] / WEIGHTS)
         levels.append(level)
-    return MultiResolutionFlow(levels).to(device).eval()
+    # For use: whoever wants gradients by the weights turns them on with requires_grad_().
+    return MultiResolutionFlow(levels).to(device).eval().requires_grad_(False)
+
+
+def unfinished(run: Path | str) -> list[str]:
+    """What a run still lacks of its own configuration, a line each."""
+    levels, notes = describe(run), []
+    for resolution, metadata in levels.items():
+        step, steps = metadata.get("step", 0), metadata.get("steps", 0)
+        if step < steps:
+            notes.append(f"level {resolution} is at step {step} of {steps}")
+    planned = {r for metadata in levels.values() for r in metadata["model"]["resolutions"]}
+    notes += [f"level {r} is not trained yet" for r in sorted(planned - levels.keys())]
+    return notes
 
 
 def load_weights(run: Path | str, level: Level) -> None:
@@ -197,12 +210,17 @@ def _fill(level: Level, tensors: dict[str, Tensor], path: Path) -> None:
         raise UserError(f"{path} does not fit its own configuration: {reason}") from None
 
 
-def assemble(runs: Iterable[Path | str], out: Path) -> list[int]:
-    """Copy the levels of several runs into one run folder; returns their resolutions."""
+def assemble(runs: Iterable[Path | str], out: Path, *, keep: bool = False) -> list[int]:
+    """Copy the levels of several runs into one run folder; returns their resolutions.
+
+    Levels that are there already are an error, or left as they are with `keep`.
+    """
     runs = list(runs)
     model = load(runs)  # proves that they fit, before anything is copied
     folders = [pair for run in runs for pair in find_levels(run).items()]
     copies = {folder: level_folder(out, resolution) for resolution, folder in folders}
+    if keep:
+        copies = {folder: target for folder, target in copies.items() if not target.exists()}
     for target in copies.values():
         if target.exists():
             raise UserError(f"{target} is there already; choose another --out")
@@ -224,9 +242,17 @@ def finest_config(run: Path | str, overrides: Sequence[str] = ()) -> configurati
 
 
 def extended_config(
-    run: Path | str, resolution: int, overrides: Sequence[str] = ()
+    run: Path, out: Path, resolution: int, overrides: Sequence[str] = (), resume: bool = False
 ) -> configuration.Config:
-    """The configuration for the next finest level of a run: the finest level's, one level up."""
+    """The configuration for the next finest level of a run: the finest level's, one level up.
+
+    With `resume`, that of the level as it was begun in `out`, if it was.
+    """
+    begun = level_folder(out, resolution) / "config.toml"
+    if begun.exists() and resume:
+        return configuration.load(begun, overrides)
+    if resolution in find_levels(run):
+        raise UserError(f"{run} has a level {resolution} already; add --resume to go on with it")
     model = load(run).config
     if resolution != 2 * model.finest:
         raise UserError(

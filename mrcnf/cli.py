@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import functools
+import io
 import re
 import sys
+from collections.abc import Callable
 from json import dumps
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import tyro
@@ -23,22 +28,40 @@ from mrcnf.solve import SolverError
 
 app = tyro.extras.SubcommandApp()
 
+COMMANDS: list[str] = []
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command; parsing its arguments returns the call, to be made afterwards."""
+
+    @functools.wraps(function)
+    def deferred(*arguments: Any, **options: Any) -> Callable[[], None]:
+        return functools.partial(function, *arguments, **options)
+
+    COMMANDS.append(function.__name__)
+    app.command(deferred)
+    return function
+
+
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE")]
 Run = tyro.conf.Positional[Path]
 
 
-@app.command
-def demo(out: Path = Path("runs/demo"), overrides: Overrides = ()) -> None:
+@command
+def demo(
+    out: Path = Path("runs/demo"), resume: bool = False, overrides: Overrides = ()
+) -> None:
     """Train three levels on embedded photographs, evaluate, draw samples, write a report.
 
     Args:
         out: run folder to make.
+        resume: go on from the run folder's checkpoints.
         overrides: settings to change, section.key=value.
     """
-    print(demonstration.run(out, overrides))
+    print(demonstration.run(out, overrides, resume=resume))
 
 
-@app.command
+@command
 def train(
     config: tyro.conf.Positional[Path],
     level: int = 0,
@@ -68,7 +91,7 @@ def train(
     training.train_levels(settings, resolutions, run, resume=resume, joint=joint)
 
 
-@app.command
+@command
 def extend(
     run: Run,
     resolution: int,
@@ -85,13 +108,14 @@ def extend(
         resume: go on from the new level's checkpoint.
         overrides: settings of the new level, section.key=value; the others are the finest level's.
     """
-    settings = checkpoint.extended_config(run, resolution, overrides)
-    if out is not None and not (resume and out.exists()):
-        checkpoint.assemble([run], out)
-    training.train_levels(settings, [resolution], out or run, resume=resume)
+    target = out or run
+    settings = checkpoint.extended_config(run, target, resolution, overrides, resume)
+    if target != run:
+        checkpoint.assemble([run], target, keep=resume)
+    training.train_levels(settings, [resolution], target, resume=resume)
 
 
-@app.command
+@command
 def evaluate(
     run: Run,
     data: str = "",
@@ -110,19 +134,21 @@ def evaluate(
         run: a trained run.
         data: name of the images; the training data's by default.
         split: train, test or val.
-        limit: evaluate the first so many images; 0 for all.
-        draws: dequantisation draws per image.
-        batch: images solved together.
+        limit: evaluate the first so many images, 0 for all; the run's evaluate.limit by default.
+        draws: dequantisation draws per image; the run's evaluate.draws by default.
+        batch: images solved together; the run's evaluate.batch by default.
         convergence: solve a subset again, more finely, to show that the digits hold.
         json: file to write the numbers to.
         device: auto, cpu, cuda, cuda:N.
-        overrides: settings to change, e.g. solver.steps=80 or data.root=DIR.
+        overrides: settings of data, evaluate, solver and trace, e.g. solver.steps=80.
     """
     numbers = {"limit": limit, "draws": draws, "batch": batch}
     given = [f"evaluate.{name}={n}" for name, n in numbers.items() if n is not None]
     model = checkpoint.load(run, runtime.choose_device(device))
     assignments = [f"data.name={dumps(data)}"] if data else []
     settings = checkpoint.finest_config(run, [*assignments, *given, *overrides])
+    evaluation.set_solvers(model, configuration.override({}, overrides))
+    _note_unfinished(run)
     images = training.load_images(settings.data, model.config, split)
     result = evaluation.evaluate(
         model,
@@ -131,20 +157,22 @@ def evaluate(
         batch=settings.evaluate.batch,
         draws=settings.evaluate.draws,
         seed=settings.evaluate.seed,
-        solver=settings.solver if any(o.startswith("solver.") for o in overrides) else None,
-        trace=settings.trace if any(o.startswith("trace.") for o in overrides) else None,
         progress=sys.stderr.isatty(),
     )
     if convergence:
         result.convergence = evaluation.convergence(
-            model, images, batch=settings.evaluate.batch, seed=settings.evaluate.seed
+            model,
+            images,
+            limit=min(100, settings.evaluate.limit or 100),
+            batch=settings.evaluate.batch,
+            seed=settings.evaluate.seed,
         )
     print(result)
     if json is not None:
         files.write(json, result.to_json() + "\n")
 
 
-@app.command
+@command
 def sample(
     run: Run,
     n: int = 64,
@@ -168,13 +196,14 @@ def sample(
     if min(n, zoom) < 1:
         raise UserError(f"n and zoom must be at least 1, got {n} and {zoom}")
     model = checkpoint.load(run, runtime.choose_device(device))
+    _note_unfinished(run)
     generator = torch.Generator(model.device).manual_seed(seed)
     images = model.sample(n, temperature=temperature, generator=generator)
     save_image(out, plot.grid(images, zoom=zoom))
     print(out)
 
 
-@app.command
+@command
 def upscale(
     run: Run,
     images: tyro.conf.Positional[tuple[Path, ...]],
@@ -208,7 +237,7 @@ def upscale(
             print(line)
 
 
-@app.command
+@command
 def assemble(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path) -> None:
     """Copy levels that were trained in different run folders into one.
 
@@ -221,7 +250,7 @@ def assemble(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path) -> None:
     print(f"{out}: levels {', '.join(map(str, checkpoint.assemble(runs, out)))}")
 
 
-@app.command
+@command
 def info(run: Run) -> None:
     """What a run holds: levels, sizes, training, data.
 
@@ -233,13 +262,14 @@ def info(run: Run) -> None:
         field = ", ".join(f"{key} {value}" for key, value in metadata["field"].items())
         print(
             f"level {resolution}: {metadata['parameters']:,} parameters ({field}); "
-            f"{metadata['objective']}, step {metadata['step']} of {metadata['steps']}, "
+            f"{metadata['objective']}, step {metadata['step']} of {metadata['steps']}"
+            f"{' (unfinished)' if metadata['step'] < metadata['steps'] else ''}, "
             f"{metadata['seconds'] / 60:.1f} min; {metadata['data_name']} "
             f"(sha256 {metadata['data'][:12]}…); {weights.stat().st_size / 1e6:.1f} MB"
         )
 
 
-@app.command
+@command
 def check(json: Path | None = None) -> None:
     """Prove the numerics on this machine, in seconds.
 
@@ -261,20 +291,40 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit status 0, 2 for the user's mistakes, 1 for anything else."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        app.cli(
-            prog="mrcnf",
-            description="Multi-resolution continuous normalizing flows.",
-            args=gather_overrides(arguments),
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+        parse(arguments)()
     except UserError as error:
         _fail(str(error), 2)
     except (SolverError, training.TrainingError) as error:
         _fail(str(error), 1)
     except torch.OutOfMemoryError as error:
-        _fail(f"out of memory: halve train.batch, or double train.micro_batches ({error})", 1)
+        advice = "halve the batch (train.batch, --batch, --n), or double train.micro_batches"
+        _fail(f"out of memory: {advice} ({error})", 1)
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        _fail("interrupted", 1)
+
+
+def parse(arguments: list[str]) -> Callable[[], None]:
+    """The call that the arguments ask for; what tyro says of mistakes becomes one line."""
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
+        raise UserError(f"there is no command {arguments[0]!r}; {hint}")
+    arguments, said = gather_overrides(arguments), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return app.cli(
+                prog="mrcnf",
+                description="Multi-resolution continuous normalizing flows.",
+                args=arguments,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        lines = [line.strip(" │╭╮╰╯─") for line in said.getvalue().splitlines()]
+        words = " ".join(line for line in lines[1:] if line.strip("-"))
+        what = re.split(" (?:For full|Argument) helptext", words)[0]
+        raise UserError(f"{what.rstrip('.')}; see mrcnf --help") from None
 
 
 def gather_overrides(arguments: list[str]) -> list[str]:
@@ -295,6 +345,11 @@ def gather_overrides(arguments: list[str]) -> list[str]:
         else:
             rest.append(argument)
     return [*rest, "--overrides", *overrides] if overrides else rest
+
+
+def _note_unfinished(run: Path) -> None:
+    for note in checkpoint.unfinished(run):
+        print(f"mrcnf: note: {note}", file=sys.stderr)
 
 
 def _fail(message: str, status: int) -> NoReturn:

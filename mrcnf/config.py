@@ -33,7 +33,7 @@ class DataConfig:
     root: str = ""
     """Folder that holds the published files; empty: $MRCNF_DATA, else ./data."""
     limit: int = 0
-    """Use the first so many images; 0 uses all."""
+    """Train on the first so many images; 0 uses all. Evaluation has `evaluate.limit`."""
     download: bool = False
     """Fetch missing files from their publishers (extra `data`)."""
 
@@ -216,6 +216,11 @@ def from_table(table: dict[str, Any], where: str = "configuration") -> Config:
         base = {k: v for k, v in to_table(config).items() if k != "level"}
         _build(Config, _merge(base, own), here, "")
     return config
+
+
+def changed(section: Any, changes: dict[str, Any], name: str) -> Any:
+    """A section's dataclass with some entries replaced, checked as in a file."""
+    return _build(type(section), to_table(section) | changes, "command line", name)
 
 
 def to_table(config: Any) -> dict[str, Any]:

@@ -19,15 +19,20 @@ from mrcnf.model import MultiResolutionFlow
 RECIPE = Path(__file__).with_name("demo.toml")
 
 
-def run(out: Path, overrides: Sequence[str] = ()) -> str:
+def run(out: Path, overrides: Sequence[str] = (), *, resume: bool = False) -> str:
     """Train the embedded recipe into `out`, write its figures and report.md; returns the report."""
     started = time.perf_counter()
     settings = config.load(RECIPE, overrides)
-    train.train_levels(settings, settings.model.resolutions, out)
+    train.train_levels(settings, settings.model.resolutions, out, resume=resume)
     model = checkpoint.load(out, runtime.choose_device(settings.train.device))
     test = train.load_images(settings.data, model.config, "test")
     result = evaluate.evaluate(
-        model, test, limit=settings.evaluate.limit, batch=settings.evaluate.batch
+        model,
+        test,
+        limit=settings.evaluate.limit,
+        batch=settings.evaluate.batch,
+        draws=settings.evaluate.draws,
+        seed=settings.evaluate.seed,
     )
     result.convergence = evaluate.convergence(model, test, limit=32, refinements=1)
     files.write(out / "evaluation.json", result.to_json() + "\n")
@@ -132,21 +137,21 @@ def _report(result: evaluate.Evaluation, images: Tensor, seconds: float) -> str:
     lines = [
         "# mrcnf demo",
         "",
-        f"{result.images} test crops of {side}×{side} from regions of the photographs not seen in "
-        "training.",
+        f"{result.images} images of {side}×{side}: {result.data}. The model's bits are an upper "
+        f"bound on -log2 P per dimension; errors are over {result.error_over}.",
         "",
         "| | bits/dim |",
         "|---|---|",
-        f"| **this model** (lower bound on log P) | **{_digits(result)}** |",
-        *[f"| {name}, all crops in one mosaic | {tiled:.3f} |" for name, tiled, _ in classical],
-        *[f"| {name}, one file per crop | {alone:.3f} |" for name, _, alone in classical],
+        f"| **this model** | **{_digits(result)}** |",
+        *[f"| {name}, all images in one mosaic | {tiled:.3f} |" for name, tiled, _ in classical],
+        *[f"| {name}, one file per image | {alone:.3f} |" for name, _, alone in classical],
         "",
         "| level | share of the bits/dim | NFE |",
         "|---|---|---|",
         *[f"| {part.resolution} | {_digits(part)} | {part.nfe:.0f} |" for part in result.levels],
         "",
         f"Solver {result.solver}; trace {result.trace}; {result.draws} noise draw. With "
-        f"{step['solver']} the first {step['images']} crops change by {step['difference']:+.4f} "
+        f"{step['solver']} the first {step['images']} images change by {step['difference']:+.4f} "
         f"± {step['difference_stderr']:.4f} bits/dim.",
         "",
         f"Everything took {seconds / 60:.1f} minutes.",

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mrcnf import pixels
+from mrcnf.config import changed
 from mrcnf.data import Images
 from mrcnf.errors import UserError
 from mrcnf.flow import Trace
@@ -45,7 +46,9 @@ class Evaluation:
     bpd: float
     """Mean over images of the lower bound's bits per dimension."""
     bpd_stderr: float
-    """Standard error over images (over source photographs where the data know them)."""
+    """Standard error of the mean, over what `error_over` says."""
+    error_over: str
+    """images; or photographs, where the data know the sources and there are at least 8."""
     levels: list[LevelReport]
     draws: int
     trace: str
@@ -59,7 +62,8 @@ class Evaluation:
 
     def __str__(self) -> str:
         total = f"{self.bpd:.4f} ± {self.bpd_stderr:.4f} bits/dim"
-        rows = [f"{total} on {self.images} images of {self.data}"]
+        over = "" if self.error_over == "images" else f" (error over {self.error_over})"
+        rows = [f"{total} on {self.images} images of {self.data}{over}"]
         for level in self.levels:
             rows.append(
                 f"  level {level.resolution:4d}: {level.bpd:.4f} ± {level.bpd_stderr:.4f}"
@@ -82,8 +86,6 @@ def evaluate(
     batch: int = 100,
     draws: int = 1,
     seed: int = 0,
-    solver: Solver | None = None,
-    trace: Trace | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Bits per dimension of the images under the model, by level, with standard errors.
@@ -94,7 +96,8 @@ def evaluate(
         draws: dequantisation draws per image, averaged.
         seed: of noise and probes; batch b and draw d have a seed of their own, so numbers
             compare between solvers.
-        solver, trace: instead of the levels' own.
+
+    Solver and trace are each level's own (`level.solver`, `level.trace`; set them to change).
     """
     if limit:
         images = Images(
@@ -109,7 +112,7 @@ def evaluate(
         )
     started = time.perf_counter()
     bits, costs = _bits(
-        model, images.pixels, batch, draws, seed, solver, trace, progress=progress
+        model, images.pixels, batch, draws, seed, progress=progress
     )
     reports = []
     for i, level in enumerate(model):
@@ -117,7 +120,7 @@ def evaluate(
         evaluations, rejected = costs[i]
         reports.append(
             LevelReport(
-                level.resolution, mean, error, evaluations, rejected, str(solver or level.solver)
+                level.resolution, mean, error, evaluations, rejected, str(level.solver)
             )
         )
     mean, error = mean_and_error(bits.sum(0), images.groups)
@@ -126,12 +129,30 @@ def evaluate(
         images=len(images),
         bpd=mean,
         bpd_stderr=error,
+        error_over="photographs" if _grouped(images.groups) else "images",
         levels=reports,
         draws=draws,
-        trace=_common(str(trace or level.trace) for level in model),
+        trace=_common(str(level.trace) for level in model),
         solver=_common(report.solver for report in reports),
         seconds=time.perf_counter() - started,
     )
+
+
+def set_solvers(model: MultiResolutionFlow, changes: dict[str, Any]) -> None:
+    """Change entries of every level's own solver and trace, from a table of settings.
+
+    Raises:
+        UserError: the table changes what a trained model cannot have changed.
+    """
+    fixed = set(changes) - {"data", "evaluate", "solver", "trace"}
+    if fixed:
+        raise UserError(
+            f"{sorted(fixed)[0]} cannot be changed in a trained model; evaluation takes settings "
+            "of data, evaluate, solver and trace"
+        )
+    for level in model:
+        level.solver = changed(level.solver, changes.get("solver", {}), "solver")
+        level.trace = changed(level.trace, changes.get("trace", {}), "trace")
 
 
 def convergence(
@@ -152,7 +173,7 @@ def convergence(
     before: Tensor | None = None
     solvers: dict[int, Solver] = {level.resolution: level.solver for level in model}
     for _ in range(refinements + 1):
-        bits, costs = _bits(model, images.pixels[:limit], batch, 1, seed, solvers, None)
+        bits, costs = _bits(model, images.pixels[:limit], batch, 1, seed, solvers)
         total = bits.sum(0)
         difference = torch.zeros_like(total) if before is None else total - before
         mean, error = mean_and_error(difference, None)
@@ -181,8 +202,9 @@ def mean_and_error(values: Tensor, groups: Tensor | None) -> tuple[float, float]
     """
     values = values.double()
     mean = values.mean()
-    if groups is None or len(groups.unique()) < 8:
+    if not _grouped(groups):
         return float(mean), float(values.std() / math.sqrt(len(values)))
+    assert groups is not None
     _, index = groups.unique(return_inverse=True)
     sums = torch.zeros(int(index.max()) + 1, dtype=torch.float64)
     sums.index_add_(0, index, values - mean)
@@ -197,8 +219,7 @@ def _bits(
     batch: int,
     draws: int,
     seed: int,
-    solver: Solver | dict[int, Solver] | None,
-    trace: Trace | None,
+    solvers: dict[int, Solver] | None = None,
     progress: bool = False,
 ) -> tuple[Tensor, list[tuple[float, float]]]:
     """Bits per (finest) dimension by level and image, and mean NFE and rejections by level."""
@@ -211,9 +232,7 @@ def _bits(
     for b, chunk in enumerate(batches):
         for draw in range(draws):
             generator = _generator(model.device, seed, b, draw)
-            parts = model.log_probs_by_level(
-                chunk, generator=generator, solver=solver, trace=trace
-            )
+            parts = model.log_probs_by_level(chunk, generator=generator, solver=solvers)
             for i, part in enumerate(parts.values()):
                 level_bits = pixels.bits_per_dim(part.log_prob.double().cpu(), model.config.dims)
                 bits[i, first : first + len(chunk)] += level_bits / draws
@@ -244,11 +263,12 @@ def level_bits(
             chunk.to(device), nbits=model.nbits, kind=model.dequantisation, generator=generator
         )
         flow = level.log_prob(x, solver=solver, trace=trace, generator=generator)
-        log_prob = pixels.log_prob_of_integers(
-            flow.log_prob, level.dims / model.dims * log_q, level.dims, model.nbits
-        )
-        bits.append(pixels.bits_per_dim(log_prob, model.dims).cpu())
+        bits.append(pixels.bits_per_dim(level.bound(flow.log_prob, log_q), model.dims).cpu())
     return torch.cat(bits).double()
+
+
+def _grouped(groups: Tensor | None) -> bool:
+    return groups is not None and len(groups.unique()) >= 8
 
 
 def _generator(device: torch.device, seed: int, batch: int, draw: int = 0) -> torch.Generator:

@@ -239,6 +239,17 @@ class Level(nn.Module):
         result.log_prob = result.log_prob + log_det
         return result
 
+    def bound(self, log_density: Tensor, log_q: Tensor) -> Tensor:
+        """From this level's log-density to its share of the bound on log P: (N,) nats.
+
+        The noise's log_q and the volume of the pixel cells are shared out by dimension, so the
+        levels' bounds add up to `pixels.log_prob_of_integers` of the whole.
+        """
+        share = self.dims / self.model.dims
+        return pixels.log_prob_of_integers(
+            log_density, share * log_q, self.dims, self.model.nbits
+        )
+
     @property
     def start_time(self) -> float:
         """The time of the data end: 0, or t_s with Gaussian dequantisation."""

@@ -88,11 +88,8 @@ class MultiResolutionFlow(nn.Module):
         for level in self:
             own = solver.get(level.resolution) if isinstance(solver, Mapping) else solver
             flow = level.log_prob(x, solver=own, trace=trace, generator=generator)
-            share = level.dims / self.config.dims
-            log_prob = pixels.log_prob_of_integers(
-                flow.log_prob, share * log_q, level.dims, self.config.nbits
-            )
-            result[level.resolution] = LevelLikelihood(log_prob, flow.statistics)
+            bound = level.bound(flow.log_prob, log_q)
+            result[level.resolution] = LevelLikelihood(bound, flow.statistics)
         return result
 
     def log_prob(
@@ -113,6 +110,8 @@ class MultiResolutionFlow(nn.Module):
                 log (1/K) Σ_k p(x_k)/q(u_k) (Burda et al. 2016) instead of their mean. With
                 estimated traces the exponential makes it optimistic: use the exact trace.
         """
+        if draws < 1:
+            raise UserError(f"draws must be at least 1, got {draws}")
         bounds = []
         for _ in range(draws):
             parts = self.log_probs_by_level(

@@ -58,9 +58,7 @@ def likelihood(
     result = level.log_prob(
         x, solver=solver, trace=trace, end=end, regularise=regularise, generator=generator
     )
-    share = level.dims / level.model.dims * log_q
-    log_prob = pixels.log_prob_of_integers(result.log_prob, share, level.dims, level.model.nbits)
-    bpd = pixels.bits_per_dim(log_prob, level.dims).mean()
+    bpd = pixels.bits_per_dim(level.bound(result.log_prob, log_q), level.dims).mean()
     parts = {"bpd": bpd.detach()}
     loss = bpd
     if regularise:

@@ -85,9 +85,7 @@ def training_step(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """As `objectives.likelihood`: the loss, whose backward pass is the adjoint's, and its parts."""
     result = log_prob(level, x, solver=solver, regularise=True, generator=generator)
-    share = level.dims / level.model.dims * log_q
-    bound = pixels.log_prob_of_integers(result.log_prob, share, level.dims, level.model.nbits)
-    bpd = pixels.bits_per_dim(bound, level.dims).mean()
+    bpd = pixels.bits_per_dim(level.bound(result.log_prob, log_q), level.dims).mean()
     assert result.kinetic is not None and result.frobenius is not None
     energy, norm = result.kinetic.mean(), result.frobenius.mean()
     parts = {"bpd": bpd.detach(), "kinetic": energy.detach(), "frobenius": norm.detach()}

@@ -31,14 +31,27 @@ def choose_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Within: SIGTERM and Ctrl-C no longer kill, the yielded function says whether one came."""
+    """Within: SIGTERM and Ctrl-C no longer kill, the yielded function says whether one came.
+
+    With several processes it must be called by all of them alike, and says the same to all.
+    """
     received: list[int] = []
+
+    def stop() -> bool:
+        _, world = rank_and_world()
+        if world == 1:
+            return bool(received)
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        flag = torch.tensor(len(received), device=device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
     handlers = {
         number: signal.signal(number, lambda n, _: received.append(n))
         for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:
-        yield lambda: bool(received)
+        yield stop
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

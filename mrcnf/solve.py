@@ -142,7 +142,7 @@ def solve(
 
     Args:
         dynamics: (t, state) → time derivatives, shaped as the state.
-        t0, t1: in [0, 1]; t1 < t0 integrates backwards over the same step points.
+        t0, t1: ends of the path, usually 0 and 1; t1 < t0 goes backwards over the same points.
         velocity: (t, y) → the rate of the state's first part alone, if all rates depend on that
             part alone and the others are mere integrals: fixed steps then skip the integrands
             where their weight is zero (half of the midpoint rule's evaluations).

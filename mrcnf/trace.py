@@ -52,7 +52,8 @@ def divergence(
         method: "exact" (one tangent per dimension), "hutchinson" (mean of e·J e;
             Hutchinson 1990) or "hutch++" (exact on a sketched subspace, Hutchinson on the
             rest; Meyer et al. 2021, algorithm 1).
-        probes: how many to draw, or a tensor (K, N, …) of probes to use.
+        probes: how many to draw, or a tensor (K, N, …) of probes to use; hutch++ takes an even
+            number, the first half for sketching.
         generator: on the device of y.
         kind: "rademacher" or "gaussian".
 
@@ -101,7 +102,10 @@ def estimate(
     """As `divergence`, with given probes, and the Frobenius norm."""
     if method == "exact":
         return _exact(f, t, y)
-    assert probes is not None
+    if method not in METHODS:
+        raise UserError(f"unknown trace method {method!r}; choose one of {', '.join(METHODS)}")
+    if probes is None or (method == "hutch++" and len(probes) % 2):
+        raise UserError(f"trace method {method!r} needs probes (an even number for hutch++)")
     if method == "hutch++":
         return _hutch_plus_plus(f, t, y, probes)
     value, pushed = linearise(f, t, y, probes)

@@ -26,6 +26,7 @@ from mrcnf.config import Config, DataConfig, to_table, to_toml
 from mrcnf.data import Images
 from mrcnf.errors import UserError
 from mrcnf.level import Level, ModelConfig
+from mrcnf.solve import SolverError
 
 
 class TrainingError(RuntimeError):
@@ -39,7 +40,7 @@ def load_images(settings: DataConfig, model: ModelConfig, split: str) -> Images:
         split,
         root=settings.root,
         resolution=model.finest,
-        limit=settings.limit or None,
+        limit=(settings.limit or None) if split == "train" else None,
         download=settings.download,
     )
     match_model(model, images)
@@ -67,11 +68,14 @@ def train_levels(
         trainers = (Trainer(config, r, images, run, resume) for r in resolutions)
         if joint:
             together = list(trainers)
-            while not stop() and (unfinished := [t for t in together if not t.finished]):
-                for trainer in unfinished:
-                    trainer.advance()
+            total = sum(t.train.steps - t.step_number for t in together)
+            with tqdm(total=total, desc="all levels", unit="step", disable=not progress) as bar:
+                while not stop() and (unfinished := [t for t in together if not t.finished]):
+                    for trainer in unfinished:
+                        trainer.advance()
+                        bar.update()
             for trainer in together:
-                trainer.run(stop=lambda: True)  # checkpoint what was stopped
+                trainer.save_if_new()
         else:
             for trainer in trainers:
                 trainer.run(progress=progress, stop=stop)
@@ -149,6 +153,7 @@ class Trainer:
         )
         self.step_number, self.saved_step = 0, -1
         self.seconds = 0.0
+        self.last_failure = ""  # of a solve, for messages
         self.logged = (0, 0.0)  # step and seconds of the last line
         self.board = self._tensorboard()
         # Kept on the device, so that no step waits for it: steps skipped in all, in a row now,
@@ -174,9 +179,18 @@ class Trainer:
             )
             batch = self.images[indices[piece].to(self.device)]
             wait = piece != mine[-1] and isinstance(self.objective, DistributedDataParallel)
-            with self.objective.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
-                loss, parts = self.objective(batch, generator)
-                (loss / len(mine)).backward()
+            try:
+                with self.objective.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
+                    loss, parts = self.objective(batch, generator)
+                    (loss / len(mine)).backward()
+            except SolverError as error:
+                if self.world > 1:
+                    raise  # the other processes wait for this one's gradient
+                self.last_failure = str(error)
+                sums["loss"] = torch.tensor(math.nan, device=self.device)
+                for parameter in self.parameters:  # so that the step is skipped and counted
+                    parameter.grad = torch.full_like(parameter, math.nan)
+                break
             for name, value in {"loss": loss.detach(), **parts}.items():
                 sums[name] = sums.get(name, 0) + value / len(mine)
         norm = self._apply()
@@ -238,6 +252,10 @@ class Trainer:
                 if row is not None:
                     rate, loss = row["images_per_s"], row["loss"]
                     bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
+        self.save_if_new()
+
+    def save_if_new(self) -> None:
+        """Write a checkpoint unless the last one is of this step."""
         if self.saved_step != self.step_number:
             self.save()
 
@@ -307,8 +325,8 @@ class Trainer:
                 zip(self.parameters, self.average, strict=True)
             ):
                 average.copy_(tensors[f"average.{i}"])
-                if metadata["step"] == 0:
-                    continue  # stopped before the first step: Adam has no moments yet
+                if f"adam.{i}.step" not in tensors:
+                    continue  # stopped before the first good step: Adam has no moments yet
                 moments = {
                     name: tensors[f"adam.{i}.{name}"].to(self.device)
                     for name in ("step", "exp_avg", "exp_avg_sq")
@@ -380,6 +398,7 @@ class Trainer:
                 f"level {self.resolution}, step {self.step_number}: {worst:.0f} steps in a row had "
                 f"a non-finite gradient or one above train.skip_above = {self.train.skip_above:g}; "
                 "lower train.learning_rate, lengthen train.warmup, or check the images"
+                + (f"; the solver said: {self.last_failure}" if self.last_failure else "")
             )
         step, seconds = self.logged
         images = (self.step_number - step) * self.train.batch

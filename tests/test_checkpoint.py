@@ -261,14 +261,27 @@ def test_weights_explain_themselves(finished):
 
 
 def test_the_next_level_takes_the_finest_ones_settings(finished):
-    settings = checkpoint.extended_config(finished, 8, ["train.steps=9"])
+    settings = checkpoint.extended_config(finished, finished, 8, ["train.steps=9"])
     assert settings.model.resolutions == (2, 4, 8)
     assert (settings.train.steps, settings.train.batch, settings.train.init) == (9, 4, "")
     with pytest.raises(UserError, match="extend it to 8, not 16"):
-        checkpoint.extended_config(finished, 16)
+        checkpoint.extended_config(finished, finished, 16)
+
+
+def test_what_a_run_lacks_is_noted(finished, tmp_path):
+    assert checkpoint.unfinished(finished) == []
+    run = trained(tmp_path / "run", level=2)
+    stopped = train.Trainer(tiny("train.steps=9"), 2, images(), tmp_path / "half")
+    stopped.step()
+    stopped.save()
+    assert checkpoint.unfinished(run) == ["level 4 is not trained yet"]
+    assert checkpoint.unfinished(tmp_path / "half") == [
+        "level 2 is at step 1 of 9",
+        "level 4 is not trained yet",
+    ]
 
 
 def test_gaussian_noise_is_tied_to_the_finest_level(tmp_path):
     run = trained(tmp_path / "run", "model.dequantisation=gaussian", "train.steps=1")
     with pytest.raises(UserError, match="uniform dequantisation can be extended"):
-        checkpoint.extended_config(run, 8)
+        checkpoint.extended_config(run, run, 8)

@@ -32,7 +32,7 @@ def test_the_demo_writes_its_report_and_figures(tmp_path, monkeypatch):
     report = (out / "report.md").read_text()
     assert report in printed and str(out) in printed
     assert f"**{evaluation['bpd']:.3f} ± {evaluation['bpd_stderr']:.3f}**" in report
-    assert f"{evaluation['images']} test crops of 8×8" in report and evaluation["images"] == 9
+    assert f"{evaluation['images']} images of 8×8" in report and evaluation["images"] == 9
     for level in evaluation["levels"]:
         assert f"| {level['resolution']} | {level['bpd']:.3f} ± " in report
     for name in re.findall(r"!\[\w+\]\((.*?)\)", report):

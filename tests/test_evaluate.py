@@ -1,5 +1,6 @@
 """Evaluation: numbers that add up, with errors that are right."""
 
+import copy
 import json
 import math
 from itertools import pairwise
@@ -26,6 +27,14 @@ def model(tmp_path_factory):
     return awake(mrcnf.load(run)).float()
 
 
+@pytest.fixture(scope="module")
+def exact(model):
+    """The same with the exact trace."""
+    changed = copy.deepcopy(model)
+    evaluate.set_solvers(changed, {"trace": {"method": "exact"}})
+    return changed
+
+
 def test_levels_add_up(model):
     result = evaluate.evaluate(model, images(), batch=5, draws=2)
     assert sum(level.bpd for level in result.levels) == pytest.approx(result.bpd, rel=1e-12)
@@ -34,8 +43,8 @@ def test_levels_add_up(model):
     assert [level.nfe for level in result.levels] == [6, 6]  # midpoint, three steps
 
 
-def test_bits_are_the_models_own(model):
-    result = evaluate.evaluate(model, images(), batch=100, seed=3, trace=EXACT)
+def test_bits_are_the_models_own(model, exact):
+    result = evaluate.evaluate(exact, images(), batch=100, seed=3)
     generator = torch.Generator().manual_seed(3 * 1_000_003)
     with torch.no_grad():
         bits = model.bits_per_dim(images().pixels, generator=generator, trace=EXACT)
@@ -55,14 +64,14 @@ def test_an_untrained_identity_costs_what_a_normal_costs(tmp_path):
     torch.testing.assert_close(bits, (-nats / (16 * math.log(2))).double(), rtol=1e-4, atol=1e-5)
 
 
-def test_more_draws_average(model):
+def test_more_draws_average(model, exact):
     data = images()
     means = []
     for seed in range(2):  # the seeds of the first batch's two draws
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             means.append(model.bits_per_dim(data.pixels, generator=generator, trace=EXACT))
-    both, _ = evaluate._bits(model, data.pixels, 100, 2, 0, None, EXACT)
+    both, _ = evaluate._bits(exact, data.pixels, 100, 2, 0)
     expected = torch.stack(means).mean(0).double()
     torch.testing.assert_close(both.sum(0), expected, rtol=1e-5, atol=1e-6)
 
@@ -106,9 +115,9 @@ def test_one_image_has_no_error(model):
         evaluate.evaluate(model, images(), limit=1)
 
 
-def test_level_bits_are_the_levels_share(model):
+def test_level_bits_are_the_levels_share(model, exact):
     data = images()
-    shares, _ = evaluate._bits(model, data.pixels, 5, 1, 2, None, EXACT)
+    shares, _ = evaluate._bits(exact, data.pixels, 5, 1, 2)
     for share, level in zip(shares, model, strict=True):
         bits = evaluate.level_bits(level, data.pixels, batch=5, seed=2, trace=EXACT)
         torch.testing.assert_close(bits, share)
@@ -156,11 +165,28 @@ def test_convergence_refines_the_same_noise(model):
     assert [row["nfe"] for row in rows] == [[2 * n] * 2 for n in (3, 6, 12, 24)]
 
 
-def test_a_solver_given_replaces_the_levels_own(model):
-    solver = Solver("rk4", steps=2)
-    result = evaluate.evaluate(model, images(), solver=solver, trace=Trace(probes=2))
-    assert result.solver == str(solver) and result.trace == "hutchinson, 2 rademacher"
-    assert [level.nfe for level in result.levels] == [8, 8]
+def test_settings_change_entries_of_every_levels_own_solver(model):
+    changed = copy.deepcopy(model)
+    changed.level(2).solver = Solver("rk4", steps=5)
+    evaluate.set_solvers(changed, {"solver": {"steps": 2}, "trace": {"probes": 2}})
+    result = evaluate.evaluate(changed, images())
+    assert result.trace == "hutchinson, 2 rademacher"
+    assert [level.nfe for level in result.levels] == [8, 4]  # rk4 stays at one, midpoint at other
+    rows = evaluate.convergence(changed, images(), refinements=1)
+    assert [row["nfe"] for row in rows] == [[8, 4], [16, 8]]
+
+
+@pytest.mark.parametrize("wrong", [{"field": {"width": 9}}, {"level": {"2": {}}}])
+def test_what_a_trained_model_is_made_of_cannot_be_changed(model, wrong):
+    with pytest.raises(UserError, match="cannot be changed in a trained model"):
+        evaluate.set_solvers(model, wrong)
+
+
+@pytest.mark.parametrize(("photographs", "over"), [(8, "photographs"), (3, "images")])
+def test_the_error_says_what_it_is_over(model, photographs, over):
+    data = images(count=24)
+    grouped = Images(data.pixels, "n", "test", torch.arange(24) % photographs)
+    assert evaluate.evaluate(model, grouped).error_over == over
 
 
 def test_the_json_says_everything(model):
