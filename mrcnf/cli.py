@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import functools
 import io
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -89,6 +90,7 @@ def train(
     resolutions = [level] if level else list(settings.model.resolutions)
     run = out or Path("runs") / settings.name
     training.train_levels(settings, resolutions, run, resume=resume, joint=joint)
+    _say_trained(run, resolutions)
 
 
 @command
@@ -113,6 +115,7 @@ def extend(
     if target != run:
         checkpoint.assemble([run], target, keep=resume)
     training.train_levels(settings, [resolution], target, resume=resume)
+    _say_trained(target, [resolution])
 
 
 @command
@@ -345,6 +348,11 @@ def gather_overrides(arguments: list[str]) -> list[str]:
         else:
             rest.append(argument)
     return [*rest, "--overrides", *overrides] if overrides else rest
+
+
+def _say_trained(run: Path, resolutions: list[int]) -> None:
+    if os.environ.get("RANK", "0") == "0":  # under torchrun, one process speaks
+        print(f"{run}: trained level {', '.join(map(str, resolutions))}")
 
 
 def _note_unfinished(run: Path) -> None:
