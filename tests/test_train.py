@@ -546,3 +546,15 @@ def test_the_log_says_what_was_done(tmp_path):
     assert [row["step"] for row in rows] == [3, 6, 7]
     for row in rows:
         assert row["images_per_s"] > 0 and row["seconds"] > 0 and row["gradient_norm"] > 0
+
+
+@pytest.mark.slow  # CI runs these with the extra installed
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_sees_the_metrics(tmp_path):
+    pytest.importorskip("tensorboard", reason="needs the extra: pip install '.[tensorboard]'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = trained(tmp_path / "run", "train.tensorboard=true", level=4)
+    events = EventAccumulator(str(run / "level-4")).Reload()
+    logged = [event.value for event in events.Scalars("level-4/loss")]
+    assert logged == pytest.approx([row["loss"] for row in metrics(run, 4)])
