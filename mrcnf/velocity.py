@@ -75,10 +75,6 @@ class Conv(nn.Conv2d):
         )
 
 
-def softplus(x: Tensor) -> tuple[Tensor, Tensor]:
-    return F.softplus(x), torch.sigmoid(x)
-
-
 def silu(x: Tensor) -> tuple[Tensor, Tensor]:
     gate = torch.sigmoid(x)
     value = x * gate
