@@ -147,7 +147,7 @@ def test_run_parameters_are_those_that_the_context_does_not_use(name):
     assert {id(p) for p in field.run_parameters()} == expected
 
 
-@pytest.mark.parametrize("act, plain", [(velocity.softplus, F.softplus), (velocity.silu, F.silu)])
+@pytest.mark.parametrize("act, plain", [(velocity.silu, F.silu)])
 def test_slopes_are_derivatives(act, plain):
     x = torch.linspace(-30, 30, 121, dtype=torch.float64, requires_grad=True)
     value, slope = act(x)
