@@ -159,11 +159,11 @@ class Level(nn.Module):
             values, log_det = _logit(values)
         per_channel = math.prod(values.shape[2:])
         log_det = log_det - per_channel * self.std.log().sum()
+        y = (values - self.mean) / self.std
         if self._starts_late():
             shrink = 1 - self.start
-            values = (values - self.mean) / self.std * shrink
-            return values, log_det + math.prod(values.shape[1:]) * shrink.log()
-        return (values - self.mean) / self.std, log_det
+            return y * shrink, log_det + math.prod(y.shape[1:]) * shrink.log()
+        return y, log_det
 
     def unstandardise(self, y: Tensor) -> Tensor:
         """The inverse of `standardise`: flow units to coefficients."""
