@@ -144,19 +144,24 @@ def load(
     files = dict(sorted(files.items()))
     loaded = {resolution: _read_level(path / WEIGHTS) for resolution, path in files.items()}
     model = _common_model({files[r] / WEIGHTS: metadata for r, (_, metadata) in loaded.items()})
-    levels = []
-    for resolution, (tensors, metadata) in loaded.items():
-        level = Level(
-            model,
-            resolution,
-            FieldConfig(**metadata["field"]),
-            Solver(**metadata["solver"]),
-            Trace(**metadata["trace"]),
-        )
-        _fill(level, tensors, files[resolution] / WEIGHTS)
-        levels.append(level)
+    levels = [_build(files[r] / WEIGHTS, model, *loaded[r]) for r in files]
     # For use: whoever wants gradients by the weights turns them on with requires_grad_().
     return MultiResolutionFlow(levels).to(device).eval().requires_grad_(False)
+
+
+def load_level(
+    run: Path | str, resolution: int, device: torch.device | str = "cpu"
+) -> Level:
+    """Open one trained level of a run that may lack the others, in eval mode."""
+    folders = find_levels(run)
+    if resolution not in folders:
+        raise UserError(f"{run} has no level {resolution}: its levels are {list(folders)}")
+    path = folders[resolution] / WEIGHTS
+    tensors, metadata = _read_level(path)
+    settings = metadata["model"]
+    model = ModelConfig(**{**settings, "resolutions": tuple(settings["resolutions"])})
+    level = _build(path, model, tensors, metadata)
+    return level.to(device).eval().requires_grad_(False)
 
 
 def unfinished(run: Path | str) -> list[str]:
@@ -200,6 +205,20 @@ def _read_level(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if missing := {"resolution", "model", "field", "solver", "trace"} - metadata.keys():
         raise UserError(f"{path} does not hold a level: it lacks {', '.join(sorted(missing))}")
     return tensors, metadata
+
+
+def _build(
+    path: Path, model: ModelConfig, tensors: dict[str, Tensor], metadata: dict[str, Any]
+) -> Level:
+    level = Level(
+        model,
+        metadata["resolution"],
+        FieldConfig(**metadata["field"]),
+        Solver(**metadata["solver"]),
+        Trace(**metadata["trace"]),
+    )
+    _fill(level, tensors, path)
+    return level
 
 
 def _fill(level: Level, tensors: dict[str, Tensor], path: Path) -> None:

@@ -121,6 +121,7 @@ def extend(
 @command
 def evaluate(
     run: Run,
+    level: int = 0,
     data: str = "",
     split: str = "test",
     limit: int | None = None,
@@ -135,6 +136,7 @@ def evaluate(
 
     Args:
         run: a trained run.
+        level: evaluate this level alone, of a run that may lack the others; 0: all.
         data: name of the images; the training data's by default.
         split: train, test or val.
         limit: evaluate the first so many images, 0 for all; the run's evaluate.limit by default.
@@ -147,14 +149,15 @@ def evaluate(
     """
     numbers = {"limit": limit, "draws": draws, "batch": batch}
     given = [f"evaluate.{name}={n}" for name, n in numbers.items() if n is not None]
-    model = checkpoint.load(run, runtime.choose_device(device))
+    where = runtime.choose_device(device)
+    levels = [checkpoint.load_level(run, level, where)] if level else [*checkpoint.load(run, where)]
     assignments = [f"data.name={dumps(data)}"] if data else []
     settings = checkpoint.finest_config(run, [*assignments, *given, *overrides])
-    evaluation.set_solvers(model, configuration.override({}, overrides))
+    evaluation.set_solvers(levels, configuration.override({}, overrides))
     _note_unfinished(run)
-    images = training.load_images(settings.data, model.config, split)
+    images = training.load_images(settings.data, levels[0].model, split)
     result = evaluation.evaluate(
-        model,
+        levels,
         images,
         limit=settings.evaluate.limit,
         batch=settings.evaluate.batch,
@@ -164,7 +167,7 @@ def evaluate(
     )
     if convergence:
         result.convergence = evaluation.convergence(
-            model,
+            levels,
             images,
             limit=min(100, settings.evaluate.limit or 100),
             batch=settings.evaluate.batch,

@@ -20,6 +20,7 @@ from mrcnf.errors import UserError
 from mrcnf.flow import Trace
 from mrcnf.level import FieldConfig, ModelConfig
 from mrcnf.objectives import OBJECTIVES, TIMES
+from mrcnf.optim import OPTIMIZERS
 from mrcnf.solve import Solver
 
 
@@ -52,8 +53,10 @@ class TrainConfig:
     """Images per step, over all processes and micro-batches."""
     micro_batches: int = 1
     """Pieces that a batch is processed in, to save memory; a multiple of the processes."""
-    learning_rate: float = 2e-3
-    """Peak learning rate of Adam."""
+    optimizer: str = "muon"
+    """muon (for hidden convolutions, Adam for the rest) or adam (for all)."""
+    learning_rate: float = 4e-3
+    """Peak learning rate."""
     beta2: float = 0.99
     """Decay per step of Adam's second moment."""
     schedule: str = "cosine"
@@ -91,12 +94,19 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
+    evaluate_every: int = 0
+    """Steps between evaluations of the averaged weights on test images, for a curve of bits/dim in
+    metrics.jsonl (`test_bpd`, the level's share); 0: none. Nothing is chosen by it, and its time
+    does not count."""
+    evaluate_images: int = 256
+    """How many test images those take, the first ones."""
     tensorboard: bool = False
     """Write TensorBoard events too (extra `tensorboard`)."""
 
     def __post_init__(self) -> None:
         _one_of("train.objective", self.objective, OBJECTIVES)
         _one_of("train.times", self.times, TIMES)
+        _one_of("train.optimizer", self.optimizer, OPTIMIZERS)
         _one_of("train.schedule", self.schedule, ("cosine", "constant"))
         _one_of("train.precision", self.precision, ("float32", "bfloat16"))
         for name in ("steps", "batch", "micro_batches", "log_every", "checkpoint_every",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,8 +18,7 @@ from mrcnf.config import changed
 from mrcnf.data import Images
 from mrcnf.errors import UserError
 from mrcnf.flow import Trace
-from mrcnf.level import Level
-from mrcnf.model import MultiResolutionFlow
+from mrcnf.level import Level, likelihoods
 from mrcnf.solve import Solver
 
 
@@ -44,7 +44,7 @@ class Evaluation:
     data: str
     images: int
     bpd: float
-    """Mean over images of the lower bound's bits per dimension."""
+    """Mean over images of the bound's bits per dimension, of the levels below together."""
     bpd_stderr: float
     """Standard error of the mean, over what `error_over` says."""
     error_over: str
@@ -79,7 +79,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: MultiResolutionFlow,
+    levels: Iterable[Level],
     images: Images,
     *,
     limit: int = 0,
@@ -88,9 +88,10 @@ def evaluate(
     seed: int = 0,
     progress: bool = False,
 ) -> Evaluation:
-    """Bits per dimension of the images under the model, by level, with standard errors.
+    """Bits per dimension of the images, by level and in total, with standard errors.
 
     Args:
+        levels: a model, or some of its levels; the total is theirs.
         limit: evaluate the first so many; 0 evaluates all.
         batch: images solved together.
         draws: dequantisation draws per image, averaged.
@@ -111,11 +112,10 @@ def evaluate(
             f"{images.name} has {len(images)} images to evaluate; at least 2 are needed"
         )
     started = time.perf_counter()
-    bits, costs = _bits(
-        model, images.pixels, batch, draws, seed, progress=progress
-    )
+    levels = list(levels)
+    bits, costs = _bits(levels, images.pixels, batch, draws, seed, progress=progress)
     reports = []
-    for i, level in enumerate(model):
+    for i, level in enumerate(levels):
         mean, error = mean_and_error(bits[i], images.groups)
         evaluations, rejected = costs[i]
         reports.append(
@@ -132,13 +132,13 @@ def evaluate(
         error_over="photographs" if _grouped(images.groups) else "images",
         levels=reports,
         draws=draws,
-        trace=_common(str(level.trace) for level in model),
+        trace=_common(str(level.trace) for level in levels),
         solver=_common(report.solver for report in reports),
         seconds=time.perf_counter() - started,
     )
 
 
-def set_solvers(model: MultiResolutionFlow, changes: dict[str, Any]) -> None:
+def set_solvers(levels: Iterable[Level], changes: dict[str, Any]) -> None:
     """Change entries of every level's own solver and trace, from a table of settings.
 
     Raises:
@@ -150,13 +150,13 @@ def set_solvers(model: MultiResolutionFlow, changes: dict[str, Any]) -> None:
             f"{sorted(fixed)[0]} cannot be changed in a trained model; evaluation takes settings "
             "of data, evaluate, solver and trace"
         )
-    for level in model:
+    for level in levels:
         level.solver = changed(level.solver, changes.get("solver", {}), "solver")
         level.trace = changed(level.trace, changes.get("trace", {}), "trace")
 
 
 def convergence(
-    model: MultiResolutionFlow,
+    levels: Iterable[Level],
     images: Images,
     *,
     limit: int = 100,
@@ -169,17 +169,18 @@ def convergence(
     Noise and probes are the same throughout, so the differences are the solver's alone; their
     standard errors are over images. Rows: solver, bpd, difference from the row before.
     """
+    levels = list(levels)
     rows: list[dict[str, Any]] = []
     before: Tensor | None = None
-    solvers: dict[int, Solver] = {level.resolution: level.solver for level in model}
+    solvers: dict[int, Solver] = {level.resolution: level.solver for level in levels}
     for _ in range(refinements + 1):
-        bits, costs = _bits(model, images.pixels[:limit], batch, 1, seed, solvers)
+        bits, costs = _bits(levels, images.pixels[:limit], batch, 1, seed, solvers)
         total = bits.sum(0)
         difference = torch.zeros_like(total) if before is None else total - before
         mean, error = mean_and_error(difference, None)
         rows.append(
             {
-                "solver": _common(str(solvers[level.resolution]) for level in model),
+                "solver": _common(str(solvers[level.resolution]) for level in levels),
                 "bpd": float(total.mean()),
                 "difference": mean,
                 "difference_stderr": error,
@@ -214,28 +215,35 @@ def mean_and_error(values: Tensor, groups: Tensor | None) -> tuple[float, float]
 
 @torch.no_grad()
 def _bits(
-    model: MultiResolutionFlow,
+    levels: Iterable[Level],
     images: Tensor,
     batch: int,
     draws: int,
     seed: int,
-    solvers: dict[int, Solver] | None = None,
+    solver: Mapping[int, Solver] | Solver | None = None,
+    trace: Trace | None = None,
     progress: bool = False,
 ) -> tuple[Tensor, list[tuple[float, float]]]:
     """Bits per (finest) dimension by level and image, and mean NFE and rejections by level."""
-    resolutions = model.resolutions
+    levels = list(levels)
+    model, device = levels[0].model, levels[0].mean.device
     batches = images.split(batch)
-    bits = torch.zeros(len(resolutions), len(images), dtype=torch.float64)
-    costs = torch.zeros(len(resolutions), 2, dtype=torch.float64)
+    bits = torch.zeros(len(levels), len(images), dtype=torch.float64)
+    costs = torch.zeros(len(levels), 2, dtype=torch.float64)
     bar = tqdm(total=len(images) * draws, desc="evaluate", unit="image", disable=not progress)
     first = 0
     for b, chunk in enumerate(batches):
         for draw in range(draws):
-            generator = _generator(model.device, seed, b, draw)
-            parts = model.log_probs_by_level(chunk, generator=generator, solver=solvers)
+            generator = _generator(device, seed, b, draw)
+            x, log_q = pixels.dequantise(
+                chunk.to(device), nbits=model.nbits, kind=model.dequantisation, generator=generator
+            )
+            parts = likelihoods(
+                levels, x, log_q, generator=generator, solver=solver, trace=trace
+            )
             for i, part in enumerate(parts.values()):
-                level_bits = pixels.bits_per_dim(part.log_prob.double().cpu(), model.config.dims)
-                bits[i, first : first + len(chunk)] += level_bits / draws
+                share = pixels.bits_per_dim(part.log_prob.double().cpu(), model.dims)
+                bits[i, first : first + len(chunk)] += share / draws
                 cost = part.statistics
                 costs[i] += torch.tensor([cost.evaluations, cost.rejected], dtype=torch.float64)
             bar.update(len(chunk))
@@ -245,7 +253,6 @@ def _bits(
     return bits, [(nfe, rejected) for nfe, rejected in mean_costs]
 
 
-@torch.no_grad()
 def level_bits(
     level: Level,
     images: Tensor,
@@ -256,15 +263,7 @@ def level_bits(
     trace: Trace | None = None,
 ) -> Tensor:
     """One level's share of the bits per finest dimension, (N,), without the other levels."""
-    device, model, bits = level.mean.device, level.model, []
-    for b, chunk in enumerate(images.split(batch)):
-        generator = _generator(device, seed, b)
-        x, log_q = pixels.dequantise(
-            chunk.to(device), nbits=model.nbits, kind=model.dequantisation, generator=generator
-        )
-        flow = level.log_prob(x, solver=solver, trace=trace, generator=generator)
-        bits.append(pixels.bits_per_dim(level.bound(flow.log_prob, log_q), model.dims).cpu())
-    return torch.cat(bits).double()
+    return _bits([level], images, batch, 1, seed, solver, trace)[0][0]
 
 
 def _grouped(groups: Tensor | None) -> bool:

@@ -78,6 +78,10 @@ class ContinuousFlow(nn.Module):
         self.fields = nn.ModuleList(fields)
         self.name = name
 
+    def hidden_weights(self) -> list[nn.Parameter]:
+        """The convolution weights between hidden layers, of all fields."""
+        return [w for field in self.fields for w in field.hidden_weights()]  # type: ignore[operator]
+
     def log_prob(
         self,
         y: Tensor,

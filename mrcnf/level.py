@@ -7,6 +7,7 @@ coarsest level is the base. Levels share nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from mrcnf import haar, pixels, velocity
 from mrcnf.errors import UserError
 from mrcnf.flow import ContinuousFlow, FlowResult, Trace
-from mrcnf.solve import Solver
+from mrcnf.solve import Solver, Statistics
 
 LOGIT_ALPHA = 0.05
 BASES = ("affine", "logit")
@@ -34,6 +35,9 @@ class ModelConfig:
     """Bits per pixel and channel that are modelled; fewer drop the low bits."""
     dequantisation: str = "uniform"
     """Noise in the pixel cells: uniform or gaussian."""
+    whiten: bool = True
+    """Turn each level's channels to their principal axes before they are scaled to unit variance;
+    false scales them as they are."""
     base: str = "affine"
     """Map of base pixels to the line: affine, or logit (α = 0.05)."""
 
@@ -95,6 +99,7 @@ class Level(nn.Module):
     """
 
     mean: Tensor
+    axes: Tensor
     std: Tensor
     coarse_mean: Tensor
     coarse_std: Tensor
@@ -134,6 +139,7 @@ class Level(nn.Module):
             name=f"level {resolution}",
         )
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("axes", torch.eye(channels))
         self.register_buffer("std", torch.ones(channels, 1, 1))
         self.register_buffer("coarse_mean", torch.zeros(model.channels, 1, 1))
         self.register_buffer("coarse_std", torch.ones(model.channels, 1, 1))
@@ -153,13 +159,16 @@ class Level(nn.Module):
         return (x, None) if self.is_base else haar.split(x)
 
     def standardise(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Coefficients to flow units y, and log|det| (N,) of that map, in nats."""
+        """Coefficients to flow units y, and log|det| (N,) of that map, in nats.
+
+        y = axes·(values - mean) / std, channel by channel, with orthogonal axes.
+        """
         log_det = values.new_zeros(len(values))
         if self.is_base and self.model.base == "logit":
             values, log_det = _logit(values)
         per_channel = math.prod(values.shape[2:])
         log_det = log_det - per_channel * self.std.log().sum()
-        y = (values - self.mean) / self.std
+        y = _mix(self.axes, values - self.mean) / self.std
         if self._starts_late():
             shrink = 1 - self.start
             return y * shrink, log_det + math.prod(y.shape[1:]) * shrink.log()
@@ -169,7 +178,7 @@ class Level(nn.Module):
         """The inverse of `standardise`: flow units to coefficients."""
         if self._starts_late():
             y = y / (1 - self.start)
-        values = y * self.std + self.mean
+        values = _mix(self.axes.T, y * self.std) + self.mean
         if self.is_base and self.model.base == "logit":
             return (values.sigmoid() - LOGIT_ALPHA) / (1 - 2 * LOGIT_ALPHA)
         return values
@@ -184,7 +193,15 @@ class Level(nn.Module):
         values, coarse = self.coefficients(x)
         if self.is_base and self.model.base == "logit":
             values, _ = _logit(values)
-        self._set_moments(self.mean, self.std, values)
+        if self.model.whiten:
+            channels = len(self.axes)
+            covariance = torch.cov(values.movedim(1, 0).flatten(1).double())
+            axes = torch.linalg.eigh(covariance.reshape(channels, channels)).eigenvectors.T
+            # Of the two directions of an axis, the one that makes its largest entry positive.
+            largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
+            self.axes.copy_(axes * largest.sign())
+        self._set_moments(self.mean, self.std, _mix(self.axes, values))
+        self.mean.copy_(_mix(self.axes.T, self.mean[None])[0])
         if coarse is not None:
             self._set_moments(self.coarse_mean, self.coarse_std, coarse)
         if self._starts_late():
@@ -276,6 +293,43 @@ class Level(nn.Module):
         return self.flow.transport(
             y, self.condition(coarse), solver=solver or self.solver, start=self.start_time
         )
+
+
+@dataclass
+class LevelLikelihood:
+    """One level's part of the likelihood of a batch."""
+
+    log_prob: Tensor
+    """(N,) nats: with the level's share of cell volumes and noise; sums to the model's bound."""
+    statistics: Statistics
+
+
+def likelihoods(
+    levels: Iterable[Level],
+    x: Tensor,
+    log_q: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    solver: Solver | Mapping[int, Solver] | None = None,
+    trace: Trace | None = None,
+) -> dict[int, LevelLikelihood]:
+    """The levels' shares of the bound for dequantised images x (N, C, H, W) and their log q (N,).
+
+    A solver may be given for all levels or by level; without one each level has its own.
+    """
+    result = {}
+    for level in levels:
+        own = solver.get(level.resolution) if isinstance(solver, Mapping) else solver
+        flow = level.log_prob(x, solver=own, trace=trace, generator=generator)
+        bound = level.bound(flow.log_prob, log_q)
+        result[level.resolution] = LevelLikelihood(bound, flow.statistics)
+    return result
+
+
+def _mix(matrix: Tensor, values: Tensor) -> Tensor:
+    """A matrix (C, C) applied to the channels of (N, C, H, W)."""
+    with torch.autocast(values.device.type, enabled=False):  # coefficients stay exact
+        return torch.einsum("ij,njhw->nihw", matrix.to(values.dtype), values)
 
 
 def _logit(x: Tensor) -> tuple[Tensor, Tensor]:

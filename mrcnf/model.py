@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +16,8 @@ from torch import Tensor, nn
 from mrcnf import pixels
 from mrcnf.errors import UserError
 from mrcnf.flow import Trace
-from mrcnf.level import Level
-from mrcnf.solve import Solver, Statistics
-
-
-@dataclass
-class LevelLikelihood:
-    """One level's part of the likelihood of a batch."""
-
-    log_prob: Tensor
-    """(N,) nats: with the level's share of cell volumes and noise; sums to the model's bound."""
-    statistics: Statistics
+from mrcnf.level import Level, LevelLikelihood, likelihoods
+from mrcnf.solve import Solver
 
 
 class MultiResolutionFlow(nn.Module):
@@ -84,13 +74,7 @@ class MultiResolutionFlow(nn.Module):
         may be given for all levels or by level.
         """
         x, log_q = self._dequantise(images, generator)
-        result = {}
-        for level in self:
-            own = solver.get(level.resolution) if isinstance(solver, Mapping) else solver
-            flow = level.log_prob(x, solver=own, trace=trace, generator=generator)
-            bound = level.bound(flow.log_prob, log_q)
-            result[level.resolution] = LevelLikelihood(bound, flow.statistics)
-        return result
+        return likelihoods(self, x, log_q, generator=generator, solver=solver, trace=trace)
 
     def log_prob(
         self,

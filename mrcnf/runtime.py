@@ -59,7 +59,12 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def processes(device: str) -> Iterator[None]:
-    """Join the process group when started by torchrun; leave it at the end."""
+    """Join the process group when started by torchrun; leave it at the end, together.
+
+    The barrier gives gloo's threads the time to let go of the last tensors. One that does so
+    while the interpreter shuts down aborts the process (pytorch/pytorch#179291), and threads
+    outlive the group when DistributedDataParallel has used it.
+    """
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield
         return
@@ -67,6 +72,7 @@ def processes(device: str) -> Iterator[None]:
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         yield
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import time
@@ -21,11 +20,13 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from mrcnf import checkpoint, data, files, objectives, pixels, runtime
+from mrcnf import checkpoint, data, evaluate, files, objectives, pixels, runtime
 from mrcnf.config import Config, DataConfig, to_table, to_toml
 from mrcnf.data import Images
 from mrcnf.errors import UserError
 from mrcnf.level import Level, ModelConfig
+from mrcnf.optim import Optimizer
+from mrcnf.order import EpochOrder, seed_of
 from mrcnf.solve import SolverError
 
 
@@ -65,7 +66,8 @@ def train_levels(
         _refuse_used(checkpoint.level_folder(run, resolution), resume)
     with runtime.processes(config.train.device), runtime.stop_on_signal() as stop:
         images = load_images(config.data, config.model, "train")
-        trainers = (Trainer(config, r, images, run, resume) for r in resolutions)
+        test = load_images(config.data, config.model, "test") if _evaluates(config) else None
+        trainers = (Trainer(config, r, images, run, resume, test) for r in resolutions)
         if joint:
             together = list(trainers)
             total = sum(t.train.steps - t.step_number for t in together)
@@ -81,14 +83,15 @@ def train_levels(
                 trainer.run(progress=progress, stop=stop)
                 if stop():
                     break
-        if stop():
-            raise KeyboardInterrupt
+        stopped = stop()
+    if stopped:
+        raise KeyboardInterrupt
 
 
 def prepare_level(config: Config, resolution: int, images: Images) -> Level:
     """An untrained level, standardised on the training images, on the CPU."""
     model = match_model(config.model, images)
-    generator = torch.Generator().manual_seed(_seed(config.train.seed, resolution, "weights"))
+    generator = torch.Generator().manual_seed(seed_of(config.train.seed, resolution, "weights"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
         level = Level(model, resolution, config.field, config.solver, config.trace)
@@ -119,7 +122,13 @@ class Trainer:
     """One level's training: `step` it, `save` it; `run` does both to the end."""
 
     def __init__(
-        self, config: Config, resolution: int, images: Images, run: Path, resume: bool = False
+        self,
+        config: Config,
+        resolution: int,
+        images: Images,
+        run: Path,
+        resume: bool = False,
+        test: Images | None = None,
     ) -> None:
         config = config.at_level(resolution)
         self.config, self.resolution, self.train = config, resolution, config.train
@@ -146,11 +155,11 @@ class Trainer:
         objective = objectives.Objective(self.level, config)
         self.objective = DistributedDataParallel(objective) if self.world > 1 else objective
         self.images = images.pixels.to(self.device)
+        self.test = None if test is None else test.pixels[: self.train.evaluate_images]
         self.parameters = list(self.level.parameters())
         self.average = [p.detach().clone() for p in self.parameters]
-        self.optimizer = torch.optim.Adam(
-            self.parameters, lr=self.train.learning_rate, fused=True, betas=(0.9, self.train.beta2)
-        )
+        hidden = self.level.flow.hidden_weights() if self.train.optimizer == "muon" else []
+        self.optimizer = Optimizer(self.parameters, hidden, self.train.beta2)
         self.step_number, self.saved_step = 0, -1
         self.seconds = 0.0
         self.last_failure = ""  # of a solve, for messages
@@ -159,8 +168,7 @@ class Trainer:
         # Kept on the device, so that no step waits for it: steps skipped in all, in a row now,
         # and in a row at the worst.
         self.skipped = torch.zeros(3, device=self.device)
-        self.order = torch.empty(0, dtype=torch.long)
-        self.epoch = -1
+        self.order = EpochOrder(len(images), self.train.batch, self.train.seed)
         if found is not None:
             self._restore(found)
         if self.rank == 0:
@@ -169,13 +177,13 @@ class Trainer:
     def step(self) -> dict[str, Tensor]:
         """One optimiser step; returns detached scalars on the device."""
         train, pieces = self.train, self.train.micro_batches
-        indices = self._batch_indices().chunk(pieces)
-        self.optimizer.zero_grad(set_to_none=True)
+        indices = self.order.indices(self.step_number).chunk(pieces)
+        self.optimizer.zero_grad()
         mine = range(self.rank, pieces, self.world)
         sums: dict[str, Tensor] = {}
         for piece in mine:
             generator = torch.Generator(self.device).manual_seed(
-                _seed(train.seed, self.resolution, f"{self.step_number}/{piece}")
+                seed_of(train.seed, self.resolution, f"{self.step_number}/{piece}")
             )
             batch = self.images[indices[piece].to(self.device)]
             wait = piece != mine[-1] and isinstance(self.objective, DistributedDataParallel)
@@ -208,10 +216,7 @@ class Trainer:
         self.skipped = torch.stack(
             (self.skipped[0] + bad, in_a_row, torch.maximum(self.skipped[2], in_a_row))
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
-        self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # the fused kernel skips on it
-        self.optimizer.step()
+        self.optimizer.step(self._learning_rate(), bad)
         decay = min(train.ema, (1 + self.step_number) / (10 + self.step_number))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
         return norm
@@ -230,6 +235,11 @@ class Trainer:
         self.seconds += time.perf_counter() - started
         if row is not None:
             self._log(row)
+        every = self.train.evaluate_every
+        due = bool(every) and (self.step_number % every == 0 or self.finished)
+        if due and self.test is not None and self.rank == 0:
+            bits = evaluate.level_bits(self.finished_level(), self.test)
+            self._write({"test_bpd": float(bits.mean()), "seconds": self.seconds})
         if self.step_number % self.train.checkpoint_every == 0 or self.finished:
             self.save()
         return row
@@ -273,10 +283,8 @@ class Trainer:
         if self.rank > 0:
             return
         tensors = {f"level.{k}": v for k, v in self.level.state_dict().items()}
-        for i, (parameter, average) in enumerate(zip(self.parameters, self.average, strict=True)):
-            tensors[f"average.{i}"] = average
-            for name, value in self.optimizer.state[parameter].items():
-                tensors[f"adam.{i}.{name}"] = value
+        tensors |= {f"average.{i}": average for i, average in enumerate(self.average)}
+        tensors |= self.optimizer.state_dict()
         tensors["skipped"] = self.skipped
         self.saved_step = self.step_number
         progress = {"step": self.step_number, "seconds": self.seconds, "data": self.data_hash}
@@ -321,17 +329,9 @@ class Trainer:
             self.level.load_state_dict(
                 {k[6:]: v for k, v in tensors.items() if k.startswith("level.")}
             )
-            for i, (parameter, average) in enumerate(
-                zip(self.parameters, self.average, strict=True)
-            ):
+            for i, average in enumerate(self.average):
                 average.copy_(tensors[f"average.{i}"])
-                if f"adam.{i}.step" not in tensors:
-                    continue  # stopped before the first good step: Adam has no moments yet
-                moments = {
-                    name: tensors[f"adam.{i}.{name}"].to(self.device)
-                    for name in ("step", "exp_avg", "exp_avg_sq")
-                }
-                self.optimizer.state[parameter] = moments
+            self.optimizer.load_state_dict(tensors)
         except (RuntimeError, KeyError) as error:
             raise UserError(f"{path} is a checkpoint of another model: {error}") from None
         self.skipped = tensors["skipped"].to(self.device)
@@ -362,27 +362,6 @@ class Trainer:
                 f"{self.config.field.blocks}; set it to 1, or train.objective to likelihood"
             )
 
-    def _batch_indices(self) -> Tensor:
-        """This step's images: each epoch is a fresh permutation of all of them."""
-        n, batch = len(self.images), self.train.batch
-        first = self.step_number * batch
-        chosen = []
-        for position in range(first, first + batch, max(1, min(n, batch))):
-            chosen.append(self._epoch_slice(position, min(n, batch)))
-        return torch.cat(chosen)[:batch]
-
-    def _epoch_slice(self, position: int, count: int) -> Tensor:
-        n = len(self.images)
-        epoch, offset = divmod(position, n)
-        if epoch != self.epoch:
-            seed = _seed(self.train.seed, 0, f"epoch {epoch}")
-            self.order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-            self.epoch = epoch
-        part = self.order[offset : offset + count]
-        if len(part) < count:
-            part = torch.cat((part, self._epoch_slice(position + len(part), count - len(part))))
-        return part
-
     def _learning_rate(self) -> float:
         train, step = self.train, self.step_number
         rise = min(1.0, (step + 1) / max(1, train.warmup))
@@ -411,6 +390,10 @@ class Trainer:
         self.logged = (self.step_number, self.seconds)
         if self.rank > 0:
             return
+        self._write(row)
+
+    def _write(self, row: dict[str, float]) -> None:
+        """A line of metrics.jsonl, and the same for TensorBoard."""
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": self.step_number} | row) + "\n")
         if self.board is not None:
@@ -429,6 +412,10 @@ class Trainer:
         return SummaryWriter(str(self.folder))
 
 
+def _evaluates(config: Config) -> bool:
+    return any(config.at_level(r).train.evaluate_every for r in config.model.resolutions)
+
+
 def _refuse_used(folder: Path, resume: bool) -> None:
     names = (checkpoint.WEIGHTS, checkpoint.STATE, checkpoint.PREVIOUS)
     if not resume and any((folder / name).exists() for name in names):
@@ -443,8 +430,3 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf  # a line that a kill cut short
-
-
-def _seed(seed: int, resolution: int, what: str) -> int:
-    digest = hashlib.blake2b(f"{seed}/{resolution}/{what}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

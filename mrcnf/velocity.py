@@ -37,10 +37,13 @@ class Stack(NamedTuple):
         value, tangents = out[:n], out[n:].unflatten(0, (k, n))
         return Stack(value if bias is None else value + bias, tangents)
 
-    def pointwise(self, f: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Stack:
-        """Apply an element-wise function; f returns its values and its slopes."""
-        value, slope = f(self.value)
-        return Stack(value, None if self.tangents is None else slope * self.tangents)
+    def silu(self) -> Stack:
+        """x·σ(x), element by element."""
+        if self.tangents is None:
+            return Stack(F.silu(self.value), None)
+        gate = torch.sigmoid(self.value)
+        value = self.value * gate
+        return Stack(value, (gate + value * (1 - gate)) * self.tangents)
 
     def channels_last(self) -> Stack:
         """The same in the memory format that convolutions are fastest in, on CPUs and GPUs."""
@@ -73,12 +76,6 @@ class Conv(nn.Conv2d):
         return stack.linear(
             lambda x: self._conv_forward(x, self.weight, None), self.bias[:, None, None]
         )
-
-
-def silu(x: Tensor) -> tuple[Tensor, Tensor]:
-    gate = torch.sigmoid(x)
-    value = x * gate
-    return value, gate + value * (1 - gate)
 
 
 def normalise(stack: Stack) -> Stack:
@@ -136,6 +133,10 @@ class Field(nn.Module):
 
     def run(self, t: Tensor, stack: Stack, context: Tensor | None) -> Stack:
         raise TypeError(f"{type(self).__name__} does not define run()")
+
+    def hidden_weights(self) -> list[nn.Parameter]:
+        """The convolution weights between hidden layers, which Muon may train."""
+        return []
 
     def forward(self, t: Tensor, y: Tensor, coarse: Tensor | None = None) -> Tensor:
         return self.run(t, Stack(y, None), self.context(coarse)).value
@@ -244,7 +245,7 @@ class ResidualField(Field):
                 nn.SiLU(),
                 nn.Conv2d(width, width, 3, padding=1),
                 nn.SiLU(),
-                nn.Conv2d(width, width * (depth + 1), 3, padding=1),
+                nn.Conv2d(width, width * (depth + 1), 1),
             )
             if coarse_channels
             else None
@@ -258,6 +259,10 @@ class ResidualField(Field):
 
     def run_parameters(self) -> list[Tensor]:
         return [p for name, p in self.named_parameters() if not name.startswith("coarse.")]
+
+    def hidden_weights(self) -> list[nn.Parameter]:
+        inside = self.blocks if self.coarse is None else (self.blocks, self.coarse[2:])
+        return [p for part in inside for p in part.parameters() if p.dim() == 4]
 
     def run(self, t: Tensor, stack: Stack, context: Tensor | None) -> Stack:
         y, stack = stack.value, stack.channels_last()
@@ -280,7 +285,7 @@ class ResidualField(Field):
         )
         for block, scale, shift, coarse in scaled:
             hidden = block(hidden, 1 + scale, shift + coarse)
-        out = self.last(normalise(hidden).pointwise(silu))
+        out = self.last(normalise(hidden).silu())
         return stack.scale((2 * clock - 1) / variance).add(out.scale(spread))
 
 
@@ -293,8 +298,8 @@ class _Block(nn.Module):
             self.outer.weight *= 0.3
 
     def forward(self, hidden: Stack, scale: Tensor, shift: Tensor) -> Stack:
-        inner = self.inner(normalise(hidden).pointwise(silu))
-        return hidden.add(self.outer(inner.scale(scale).shift(shift).pointwise(silu)))
+        inner = self.inner(normalise(hidden).silu())
+        return hidden.add(self.outer(inner.scale(scale).shift(shift).silu()))
 
 
 TIME_FEATURES = 17

@@ -125,6 +125,20 @@ def test_evaluating(made, tmp_path, capsys):
     assert re.findall(r"level +(\d+):", said) == ["2", "4"]
 
 
+def test_evaluating_one_level_of_an_unfinished_model(made, tmp_path, capsys):
+    shutil.copytree(made.run / "level-4", tmp_path / "part/level-4")
+    path = tmp_path / "out.json"
+    mrcnf_says(capsys, "evaluate", tmp_path / "part", "--level", 4, "--json", path)
+    alone = json.loads(path.read_text())
+    mrcnf_says(capsys, "evaluate", made.run, "--json", path)
+    (_, within) = json.loads(path.read_text())["levels"]
+    assert [level["resolution"] for level in alone["levels"]] == [4]
+    # The same noise, other probes.
+    assert alone["bpd"] == pytest.approx(within["bpd"], abs=4 * within["bpd_stderr"])
+    said = refused(capsys, "evaluate", tmp_path / "part", "--level", 2)
+    assert "no level 2: its levels are [4]" in said
+
+
 def test_evaluating_other_data_and_splits(made, tmp_path, capsys):
     other = write_npz(tmp_path / "other 'quoted' ü", count=20)
     said = mrcnf_says(capsys, "evaluate", made.run, "--data", other, "--split", "train")

@@ -504,7 +504,8 @@ def test_flipped_bytes_give_images_or_a_user_error(kind, tmp_path):
 @FUZZ
 def test_junk_after_a_valid_beginning_is_harmless(kind, junk, tmp_path):
     name, path = write_valid(kind, tmp_path)
-    path.write_bytes(path.read_bytes()[: len(junk)] + junk)
+    good = path.read_bytes()  # half of it at most: zeros may follow a whole gzip file
+    path.write_bytes(good[: min(len(junk), len(good) // 2)] + junk)
     with pytest.raises(UserError):
         data.load(name, "test", root=tmp_path)
 

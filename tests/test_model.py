@@ -129,6 +129,7 @@ def test_the_same_seed_gives_the_same_results():
 def test_standardisation_reports_its_volume_and_inverts(resolution, base, kind):
     model = build(base=base, dequantisation=kind, channels=3)
     level = model.level(resolution)
+    level.fit_standardisation(correlated(50, 4))
     values = 0.1 + 0.8 * torch.rand(2, *level.shape, dtype=torch.float64)
     y, log_det = level.standardise(values)
     torch.testing.assert_close(level.unstandardise(y), values, rtol=0, atol=1e-12)
@@ -304,13 +305,26 @@ def test_interpolation_starts_and_ends_at_the_images():
 # -- standardisation --------------------------------------------------------------------------
 
 
+def correlated(n, side):
+    """Images (n, 3, side, side) in [0, 1] of unequal, correlated channels."""
+    mixing = torch.tensor([[0.1, 0, 0], [0.3, 0.2, 0], [0.1, 0.5, 0.4]], dtype=torch.float64)
+    independent = torch.rand(n, 3, side, side, dtype=torch.float64)
+    return torch.einsum("ij,njhw->nihw", mixing, independent)
+
+
+@pytest.mark.parametrize("whiten", [True, False])
 @pytest.mark.parametrize("resolution", [2, 4, 8])
-def test_fitted_coefficients_are_standardised(resolution):
-    model = build((2, 4, 8), channels=3)
-    x = torch.rand(200, 3, 8, 8, dtype=torch.float64) * torch.tensor([0.1, 0.5, 1.0]).view(3, 1, 1)
+def test_fitted_coefficients_are_standardised(resolution, whiten):
+    model = build((2, 4, 8), channels=3, whiten=whiten)
+    x = correlated(200, 8)
     level = model.level(resolution)
     level.fit_standardisation(x)
     values, coarse = level.coefficients(x)
+    y = level.standardise(values)[0]
+    covariance = torch.cov(y.movedim(1, 0).flatten(1))
+    unit = torch.eye(len(covariance), dtype=torch.float64)
+    assert torch.allclose(covariance, unit, atol=1e-10) == whiten
+    torch.testing.assert_close(level.axes @ level.axes.T, unit, rtol=0, atol=1e-12)
     for part in (level.standardise(values)[0], level.condition(coarse)):
         if part is not None:
             torch.testing.assert_close(part.mean((0, 2, 3)), part.new_zeros(part.shape[1]))

@@ -177,7 +177,7 @@ def test_a_late_start_matches_clean_images_on_noisy_coarse_ones():
     part.fit_standardisation(x)
     part.start.fill_(0.3)
     clean = (images.double() + 0.5) / 256
-    y0 = (part.coefficients(clean)[0] - part.mean) / part.std
+    y0 = part.standardise(part.coefficients(clean)[0])[0] / (1 - 0.3)
 
     def oracle(t, y):
         return (y - y0) / t[:, None, None, None]

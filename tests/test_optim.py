@@ -1,0 +1,64 @@
+"""The optimiser: Muon's directions, and who gets them."""
+
+import pytest
+import torch
+from runs import images, tiny, trained
+from torch import nn
+
+from mrcnf import train
+from mrcnf.errors import UserError
+from mrcnf.optim import Optimizer
+from mrcnf.velocity import ResidualField
+
+GOOD = torch.zeros(())
+
+
+def test_muon_steps_along_the_nearest_orthogonal_matrix():
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(8, 3, 3, 3))
+    before = weight.detach().clone()
+    weight.grad = torch.randn_like(weight)
+    Optimizer([weight, nn.Parameter(torch.zeros(1))], [weight], 0.99).step(1e-2, GOOD)
+    moved = (before - weight.detach()).flatten(1) / 1e-2
+    u, _, vt = torch.linalg.svd(weight.grad.flatten(1), full_matrices=False)
+    size = 0.2 * max(moved.shape) ** 0.5  # of Adam's updates, root mean square
+    # Five Newton-Schulz steps in bfloat16 bring the singular values near 1, not onto it.
+    assert torch.linalg.svdvals(moved / size).sub(1).abs().max() < 0.35
+    assert torch.cosine_similarity(moved.flatten(), (u @ vt).flatten(), dim=0) > 0.97
+
+
+def test_adam_takes_the_rest():
+    torch.manual_seed(0)
+    field = ResidualField(6, 3, width=4, depth=2)
+    hidden = {id(w) for w in field.hidden_weights()}
+    names = {name for name, p in field.named_parameters() if id(p) in hidden}
+    assert names == {
+        *(f"blocks.{i}.{part}.weight" for i in range(2) for part in ("inner", "outer")),
+        "coarse.2.weight", "coarse.4.weight",
+    }  # fmt: skip
+    ours = list(field.parameters())
+    twin = ResidualField(6, 3, width=4, depth=2)
+    twin.load_state_dict(field.state_dict())
+    theirs = [p for p, q in zip(twin.parameters(), ours, strict=True) if id(q) not in hidden]
+    optimizer, adam = Optimizer(ours, field.hidden_weights(), 0.99), torch.optim.Adam(
+        theirs, lr=1e-2, betas=(0.9, 0.99)
+    )  # fmt: skip
+    for _ in range(3):
+        for p, q in zip(ours, twin.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        optimizer.step(1e-2, GOOD)
+        adam.step()
+    for (name, p), q in zip(field.named_parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-6) == (name not in names)
+
+
+@pytest.mark.parametrize("first, second", [("adam", "muon"), ("muon", "adam")])
+def test_another_optimisers_moments_are_refused(tmp_path, first, second):
+    trained(tmp_path / "run", f"train.optimizer={first}", level=4)
+    with pytest.raises(UserError, match=f"optimiser is {first}"):
+        trained(tmp_path / "run", f"train.optimizer={second}", level=4, resume=True)
+    settings = tiny(f"train.optimizer={first}")
+    assert train.Trainer(settings, 4, images(), tmp_path / "run", resume=True).finished
+
+
