@@ -77,14 +77,23 @@ class FieldConfig:
     """Channels of the hidden layers."""
     depth: int = 4
     """Residual blocks (the paper's field has a fixed depth)."""
+    scales: int = 1
+    """More make the residual field a U: `depth` blocks at each scale on the way down and again on
+    the way up, each scale twice as wide on half the side."""
+    attention: bool = False
+    """Self-attention after each block of the residual field's smallest scale."""
     blocks: int = 1
     """Fields in sequence, each over its own t ∈ [0, 1]; flow matching takes 1."""
 
     def __post_init__(self) -> None:
         if self.kind not in velocity.FIELDS:
             raise UserError(f"field.kind {self.kind!r}: choose one of {', '.join(velocity.FIELDS)}")
-        if min(self.width, self.depth, self.blocks) < 1:
-            raise UserError("field.width, field.depth and field.blocks must be at least 1")
+        if min(self.width, self.depth, self.scales, self.blocks) < 1:
+            raise UserError(
+                "field.width, field.depth, field.scales and field.blocks must be at least 1"
+            )
+        if self.kind == "paper" and (self.scales > 1 or self.attention):
+            raise UserError("field.scales and field.attention are the residual field's alone")
 
 
 class Level(nn.Module):
@@ -129,10 +138,21 @@ class Level(nn.Module):
         coarse_channels = 0 if self.is_base else model.channels
         side = resolution if self.is_base else resolution // 2
         self.shape = (channels, side, side)
+        if side % 2 ** (self.field.scales - 1):
+            raise UserError(
+                f"level {resolution} works on {side}×{side} positions, which cannot be halved "
+                f"{self.field.scales - 1} times; lower field.scales"
+            )
         self.flow = ContinuousFlow(
             [
                 velocity.build(
-                    self.field.kind, channels, coarse_channels, self.field.width, self.field.depth
+                    self.field.kind,
+                    channels,
+                    coarse_channels,
+                    self.field.width,
+                    self.field.depth,
+                    self.field.scales,
+                    self.field.attention,
                 )
                 for _ in range(self.field.blocks)
             ],

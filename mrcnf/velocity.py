@@ -9,7 +9,7 @@ a field is written once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -221,31 +221,52 @@ class ResidualField(Field):
     left with a target of unit variance; F = 0 transports a standard normal to itself (the
     construction of Karras et al. 2022, §5, carried over to straight paths).
 
+    With several scales the blocks form a U: `depth` of them at each scale on the way down and
+    again on the way up, at each scale twice as wide on half the side.
+
     Args:
         channels: of y.
         coarse_channels: of the coarse image, 0 for a base level.
-        width: channels of the hidden layers.
-        depth: number of residual blocks, of two 3×3 convolutions each.
+        width: channels of the hidden layers at the full scale.
+        depth: number of residual blocks, of two 3×3 convolutions each (at every scale, see above).
+        scales: 1 works at full scale throughout.
+        attention: self-attention over positions after each block of the smallest scale.
     """
 
     def __init__(
-        self, channels: int, coarse_channels: int = 0, width: int = 48, depth: int = 4
+        self,
+        channels: int,
+        coarse_channels: int = 0,
+        width: int = 48,
+        depth: int = 4,
+        scales: int = 1,
+        attention: bool = False,
     ) -> None:
         super().__init__()
-        self.width, self.depth = width, depth
+        self.width, self.smallest = width, scales - 1
+        way_down = [scale for scale in range(self.smallest) for _ in range(depth)]
+        self.plan = [*way_down, *[self.smallest] * depth, *reversed(way_down)]
+        self.widths = [width * 2**scale for scale in self.plan]
         self.first = Conv(channels, width, 3, padding=1)
-        self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
+        self.blocks = nn.ModuleList(_Block(w) for w in self.widths)
+        sizes = list(pairwise(width * 2**scale for scale in range(scales)))
+        self.down = nn.ModuleList(Conv(fine, small, 2, stride=2) for fine, small in sizes)
+        self.up = nn.ModuleList(Conv(small, fine, 1) for fine, small in sizes)
+        self.attention = nn.ModuleList(
+            _Attention(width * 2**self.smallest) for _ in range(depth if attention else 0)
+        )
         self.last = Conv(width, channels, 3, padding=1)
         self.time = nn.Sequential(
-            nn.Linear(TIME_FEATURES, 2 * width), nn.SiLU(), nn.Linear(2 * width, 2 * width * depth)
-        )
+            nn.Linear(TIME_FEATURES, 2 * width), nn.SiLU(),
+            nn.Linear(2 * width, 2 * sum(self.widths)),
+        )  # fmt: skip
         self.coarse = (
             nn.Sequential(
                 nn.Conv2d(coarse_channels, width, 3, padding=1),
                 nn.SiLU(),
                 nn.Conv2d(width, width, 3, padding=1),
                 nn.SiLU(),
-                nn.Conv2d(width, width * (depth + 1), 1),
+                nn.Conv2d(width, width + sum(self.widths), 1),
             )
             if coarse_channels
             else None
@@ -261,8 +282,8 @@ class ResidualField(Field):
         return [p for name, p in self.named_parameters() if not name.startswith("coarse.")]
 
     def hidden_weights(self) -> list[nn.Parameter]:
-        inside = self.blocks if self.coarse is None else (self.blocks, self.coarse[2:])
-        return [p for part in inside for p in part.parameters() if p.dim() == 4]
+        outer = {"first.weight", "last.weight", "coarse.0.weight"}
+        return [p for name, p in self.named_parameters() if p.dim() == 4 and name not in outer]
 
     def run(self, t: Tensor, stack: Stack, context: Tensor | None) -> Stack:
         y, stack = stack.value, stack.channels_last()
@@ -270,21 +291,28 @@ class ResidualField(Field):
         clock = t.reshape(-1, 1, 1, 1)
         variance = (1 - clock) ** 2 + clock**2
         spread = variance.rsqrt()
-        modulation = self.time(time_features(t.reshape(-1)))[:, :, None, None]
-        scales, shifts = modulation.chunk(2, dim=1)
-        maps = (0.0,) * (self.depth + 1) if context is None else context.split(self.width, dim=1)
+        scales, shifts = self.time(time_features(t.reshape(-1)))[:, :, None, None].chunk(2, dim=1)
         hidden = self.first(stack.scale(spread))
+        maps: Sequence[Tensor] = ()
         if context is not None:
-            hidden = hidden.shift(maps[-1])
-        scaled = zip(
-            self.blocks,
-            scales.chunk(self.depth, 1),
-            shifts.chunk(self.depth, 1),
-            maps,
-            strict=False,
-        )
-        for block, scale, shift, coarse in scaled:
-            hidden = block(hidden, 1 + scale, shift + coarse)
+            entry, *maps = context.split([self.width, *self.widths], dim=1)
+            hidden = hidden.shift(entry)
+        attention, skipped, now = iter(self.attention), [], 0
+        for i, (scale, shift) in enumerate(
+            zip(scales.split(self.widths, 1), shifts.split(self.widths, 1), strict=True)
+        ):
+            if self.plan[i] > now:
+                skipped.append(hidden)
+                hidden = self.down[now](hidden)
+            elif self.plan[i] < now:
+                wide = self.up[now - 1](hidden)
+                hidden = wide.linear(lambda x: F.interpolate(x, scale_factor=2)).add(skipped.pop())
+            now = self.plan[i]
+            if maps:
+                shift = shift + F.avg_pool2d(maps[i], 2**now)
+            hidden = self.blocks[i](hidden, 1 + scale, shift)
+            if now == self.smallest and self.attention:
+                hidden = next(attention)(hidden)
         out = self.last(normalise(hidden).silu())
         return stack.scale((2 * clock - 1) / variance).add(out.scale(spread))
 
@@ -300,6 +328,40 @@ class _Block(nn.Module):
     def forward(self, hidden: Stack, scale: Tensor, shift: Tensor) -> Stack:
         inner = self.inner(normalise(hidden).silu())
         return hidden.add(self.outer(inner.scale(scale).shift(shift).silu()))
+
+
+class _Attention(nn.Module):
+    """Self-attention over all positions, added to what comes in."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = max(1, width // 64)
+        self.inner = Conv(width, 3 * width, 1)
+        self.outer = Conv(width, width, 1)
+        with torch.no_grad():
+            self.outer.weight *= 0.3
+
+    def forward(self, hidden: Stack) -> Stack:
+        side = hidden.value.shape[-2:]
+        value, tangents = self.inner(normalise(hidden))
+        q, k, v = self._split(value)
+        scale = q.shape[-1] ** -0.5
+        # Written out: PyTorch's fused attention has no forward-mode derivative.
+        weights = (q @ k.mT * scale).softmax(-1)
+        pushed = None
+        if tangents is not None:
+            dq, dk, dv = self._split(tangents)
+            slope = (dq @ k.mT + q @ dk.mT) * scale
+            slope = weights * (slope - (weights * slope).sum(-1, keepdim=True))
+            pushed = self._join(slope @ v + weights @ dv, side)
+        return hidden.add(self.outer(Stack(self._join(weights @ v, side), pushed)))
+
+    def _split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(…, 3·C, H, W) → queries, keys and values, (…, heads, H·W, C/heads) each."""
+        return x.flatten(-2).unflatten(-2, (3, self.heads, -1)).mT.unbind(-4)
+
+    def _join(self, x: Tensor, side: torch.Size) -> Tensor:
+        return x.mT.flatten(-3, -2).unflatten(-1, side)
 
 
 TIME_FEATURES = 17
@@ -318,11 +380,17 @@ FIELDS = ("residual", "paper")
 
 
 def build(
-    kind: str, channels: int, coarse_channels: int = 0, width: int = 48, depth: int = 4
+    kind: str,
+    channels: int,
+    coarse_channels: int = 0,
+    width: int = 48,
+    depth: int = 4,
+    scales: int = 1,
+    attention: bool = False,
 ) -> Field:
-    """A field by name: "residual" (width, depth), or "paper" (width of its three layers)."""
+    """A field by name: "residual" (all arguments), or "paper" (width of its three layers)."""
     if kind == "residual":
-        return ResidualField(channels, coarse_channels, width, depth)
+        return ResidualField(channels, coarse_channels, width, depth, scales, attention)
     if kind == "paper":
         return PaperField(channels, coarse_channels, (width,) * 3)
     raise UserError(f"unknown velocity field {kind!r}; choose one of {', '.join(FIELDS)}")

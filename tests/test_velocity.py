@@ -15,14 +15,18 @@ FIELDS = {
     "paper, coarse": lambda: PaperField(2, 1, hidden=(5, 6)),
     "residual": lambda: ResidualField(2, width=6, depth=2),
     "residual, coarse": lambda: ResidualField(2, 1, width=6, depth=2),
+    "attention, coarse": lambda: ResidualField(2, 1, width=6, depth=2, attention=True),
+    "u-shaped": lambda: ResidualField(2, width=4, depth=1, scales=3, attention=True),
+    "u-shaped, coarse": lambda: ResidualField(2, 1, width=4, depth=2, scales=2),
 }
 
 
 def case(name, n=3):
     """A field, its input and its coarse image, on images that are not square."""
     field = awake(FIELDS[name]())
-    coarse = torch.randn(n, 1, 3, 4, dtype=torch.float64) if "coarse" in name else None
-    return field, torch.randn(n, 2, 3, 4, dtype=torch.float64), coarse
+    height, width = (4, 8) if "u-shaped" in name else (3, 4)
+    coarse = torch.randn(n, 1, height, width, dtype=torch.float64) if "coarse" in name else None
+    return field, torch.randn(n, 2, height, width, dtype=torch.float64), coarse
 
 
 def parameters(field):
