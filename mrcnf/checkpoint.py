@@ -229,10 +229,13 @@ def _fill(level: Level, tensors: dict[str, Tensor], path: Path) -> None:
         raise UserError(f"{path} does not fit its own configuration: {reason}") from None
 
 
-def assemble(runs: Iterable[Path | str], out: Path, *, keep: bool = False) -> list[int]:
+def assemble(
+    runs: Iterable[Path | str], out: Path, *, keep: bool = False, half: bool = False
+) -> list[int]:
     """Copy the levels of several runs into one run folder; returns their resolutions.
 
-    Levels that are there already are an error, or left as they are with `keep`.
+    Levels that are there already are an error, or left as they are with `keep`. With `half` the
+    copies are for use only: parameters in float16, without the state for resuming.
     """
     runs = list(runs)
     model = load(runs)  # proves that they fit, before anything is copied
@@ -243,15 +246,46 @@ def assemble(runs: Iterable[Path | str], out: Path, *, keep: bool = False) -> li
     for target in copies.values():
         if target.exists():
             raise UserError(f"{target} is there already; choose another --out")
+    halves = {
+        folder: _halved(folder / WEIGHTS, model.level(resolution))
+        for resolution, folder in folders
+        if half and folder in copies
+    }
     for folder, target in copies.items():
         part = target.with_name(f".{target.name}.part")
         try:
-            shutil.copytree(folder, part)
+            shutil.copytree(folder, part, ignore=_all_but_notes if half else None)
+            if half:
+                write_tensors(part / WEIGHTS, halves[folder], _metadata(folder / WEIGHTS))
             part.rename(target)
-        except OSError as error:
+        except BaseException as error:
             shutil.rmtree(part, ignore_errors=True)
+            if not isinstance(error, OSError):
+                raise
             raise UserError(f"cannot copy {folder} to {target}: {error}") from None
     return list(model.resolutions)
+
+
+def _halved(path: Path, level: Level) -> dict[str, Tensor]:
+    """The level's state_dict with its parameters in float16; buffers stay as they are.
+
+    Raises:
+        UserError: a parameter is too large for float16; the message names it and the path.
+    """
+    tensors = level.state_dict()
+    for name, parameter in level.named_parameters():
+        tensors[name] = parameter.half()
+        if bool((tensors[name].isinf() & parameter.isfinite()).any()):
+            raise UserError(
+                f"{path} cannot be halved: {name} reaches {float(parameter.abs().max()):.3g}, and "
+                f"float16 ends at {torch.finfo(torch.float16).max:g}; copy it without --half"
+            )
+    return tensors
+
+
+def _all_but_notes(_: str, names: list[str]) -> set[str]:
+    """What of a level's folder a copy for use leaves out, or writes anew."""
+    return set(names) - {"config.toml", "metrics.jsonl"}
 
 
 def finest_config(run: Path | str, overrides: Sequence[str] = ()) -> configuration.Config:

@@ -19,6 +19,7 @@ import tyro
 
 from mrcnf import check as checks
 from mrcnf import checkpoint, files, plot, runtime
+from mrcnf import compare as comparison
 from mrcnf import config as configuration
 from mrcnf import demo as demonstration
 from mrcnf import evaluate as evaluation
@@ -149,30 +150,31 @@ def evaluate(
     """
     numbers = {"limit": limit, "draws": draws, "batch": batch}
     given = [f"evaluate.{name}={n}" for name, n in numbers.items() if n is not None]
-    where = runtime.choose_device(device)
-    levels = [checkpoint.load_level(run, level, where)] if level else [*checkpoint.load(run, where)]
     assignments = [f"data.name={dumps(data)}"] if data else []
     settings = checkpoint.finest_config(run, [*assignments, *given, *overrides])
-    evaluation.set_solvers(levels, configuration.override({}, overrides))
-    _note_unfinished(run)
-    images = training.load_images(settings.data, levels[0].model, split)
-    result = evaluation.evaluate(
-        levels,
-        images,
-        limit=settings.evaluate.limit,
-        batch=settings.evaluate.batch,
-        draws=settings.evaluate.draws,
-        seed=settings.evaluate.seed,
-        progress=sys.stderr.isatty(),
-    )
-    if convergence:
-        result.convergence = evaluation.convergence(
+    with runtime.processes(device):
+        where = runtime.choose_device(device)
+        model = [checkpoint.load_level(run, level, where)] if level else checkpoint.load(run, where)
+        levels = list(model)
+        evaluation.set_solvers(levels, configuration.override({}, overrides))
+        images = training.load_images(settings.data, levels[0].model, split)
+        how = settings.evaluate
+        result = evaluation.evaluate(
             levels,
             images,
-            limit=min(100, settings.evaluate.limit or 100),
-            batch=settings.evaluate.batch,
-            seed=settings.evaluate.seed,
+            limit=how.limit,
+            batch=how.batch,
+            draws=how.draws,
+            seed=how.seed,
+            progress=sys.stderr.isatty(),
         )
+        if convergence:
+            result.convergence = evaluation.convergence(
+                levels, images, limit=min(100, how.limit or 100), batch=how.batch, seed=how.seed
+            )
+    if not _speaks():
+        return
+    _note_unfinished(run)
     print(result)
     if json is not None:
         files.write(json, result.to_json() + "\n")
@@ -182,30 +184,52 @@ def evaluate(
 def sample(
     run: Run,
     n: int = 64,
+    neighbours: int = 0,
     out: Path = Path("samples.png"),
     temperature: float = 1.0,
     zoom: int = 2,
     seed: int = 0,
     device: str = "auto",
+    overrides: Overrides = (),
 ) -> None:
     """Draw images and write them as one grid.
 
     Args:
         run: a trained run.
         n: number of images.
+        neighbours: put each image in a row of its own, with so many of the training images that
+            are nearest to it (Euclidean distance of the pixels); 0 shows the images alone.
         out: PNG file.
         temperature: standard deviation of the latent noise.
         zoom: show each pixel as a square of this side.
         seed: of the noise.
         device: auto, cpu, cuda, cuda:N.
+        overrides: settings of data, for the training images, e.g. data.root=DIR.
     """
     if min(n, zoom) < 1:
         raise UserError(f"n and zoom must be at least 1, got {n} and {zoom}")
+    if neighbours < 0:
+        raise UserError(f"neighbours must not be negative, got {neighbours}")
+    ignored = set(configuration.override({}, overrides)) - ({"data"} if neighbours else set())
+    if ignored:
+        raise UserError(
+            f"sampling would ignore {sorted(ignored)[0]}; it takes settings of data, "
+            "with --neighbours"
+        )
     model = checkpoint.load(run, runtime.choose_device(device))
     _note_unfinished(run)
+    among = None
+    if neighbours:
+        settings = checkpoint.finest_config(run, overrides)
+        among = training.load_images(settings.data, model.config, "train").pixels
+        if len(among) < neighbours:
+            raise UserError(f"{neighbours} neighbours are more than the {len(among)} images")
     generator = torch.Generator(model.device).manual_seed(seed)
-    images = model.sample(n, temperature=temperature, generator=generator)
-    save_image(out, plot.grid(images, zoom=zoom))
+    images = model.sample(n, temperature=temperature, generator=generator).cpu()
+    if among is not None:
+        found = among[evaluation.nearest(images, among, neighbours)]
+        images = torch.cat((images[:, None], found), 1).flatten(0, 1)
+    save_image(out, plot.grid(images, columns=neighbours and neighbours + 1, zoom=zoom))
     print(out)
 
 
@@ -244,16 +268,19 @@ def upscale(
 
 
 @command
-def assemble(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path) -> None:
+def assemble(
+    runs: tyro.conf.Positional[tuple[Path, ...]], out: Path, half: bool = False
+) -> None:
     """Copy levels that were trained in different run folders into one.
 
     Args:
         runs: run folders whose levels belong together.
         out: run folder to make.
+        half: make copies for use only, with float16 weights and nothing to resume from.
     """
     if not runs:
         raise UserError("no levels to assemble; name at least one run folder")
-    print(f"{out}: levels {', '.join(map(str, checkpoint.assemble(runs, out)))}")
+    print(f"{out}: levels {', '.join(map(str, checkpoint.assemble(runs, out, half=half)))}")
 
 
 @command
@@ -273,6 +300,20 @@ def info(run: Run) -> None:
             f"{metadata['seconds'] / 60:.1f} min; {metadata['data_name']} "
             f"(sha256 {metadata['data'][:12]}…); {weights.stat().st_size / 1e6:.1f} MB"
         )
+
+
+@command
+def compare(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> None:
+    """A table of runs: how they differ, what they cost, and their bits/dim on test images.
+
+    Args:
+        runs: run folders, trained with train.evaluate_every for the bits/dim.
+        out: PNG file for the curves of bits/dim against training time.
+    """
+    rows = comparison.compare(runs)
+    if out is not None:
+        plot.bpd_curves(out, runs)
+    print(comparison.table(rows))
 
 
 @command
@@ -354,8 +395,13 @@ def gather_overrides(arguments: list[str]) -> list[str]:
 
 
 def _say_trained(run: Path, resolutions: list[int]) -> None:
-    if os.environ.get("RANK", "0") == "0":  # under torchrun, one process speaks
+    if _speaks():
         print(f"{run}: trained level {', '.join(map(str, resolutions))}")
+
+
+def _speaks() -> bool:
+    """Under torchrun one process speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _note_unfinished(run: Path) -> None:

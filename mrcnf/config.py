@@ -49,6 +49,9 @@ class TrainConfig:
     """Run whose level of the same resolution supplies the starting weights; empty starts afresh."""
     steps: int = 4000
     """Optimiser steps."""
+    minutes: float = 0.0
+    """Train for so many minutes instead of `steps`, the learning rate falling with the time spent;
+    0 counts steps. Such a run does not repeat to the bit."""
     batch: int = 64
     """Images per step, over all processes and micro-batches."""
     micro_batches: int = 1
@@ -78,7 +81,8 @@ class TrainConfig:
     steer: float = 0.0
     """Half-width of the end-time jitter, in t (likelihood objective)."""
     times: str = "mixed"
-    """Times of flow matching: uniform, log-uniform, or mixed (half each)."""
+    """Times of flow matching: uniform, log-uniform, mixed (half each), or likelihood (log-uniform,
+    errors weighted by 1 - t, as in the evidence lower bound)."""
     flip: bool = True
     """Mirror half of the images."""
     crop: int = 0
@@ -116,6 +120,8 @@ class TrainConfig:
         for name in ("ema", "beta2", "steer"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"train.{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.minutes < 0:
+            raise UserError(f"train.minutes must not be negative, got {self.minutes}")
         if self.batch % self.micro_batches:
             raise UserError(
                 f"train.batch {self.batch} must be a multiple of micro_batches {self.micro_batches}"

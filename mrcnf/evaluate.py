@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mrcnf import pixels
+from mrcnf import pixels, runtime
 from mrcnf.config import changed
 from mrcnf.data import Images
 from mrcnf.errors import UserError
@@ -224,15 +224,22 @@ def _bits(
     trace: Trace | None = None,
     progress: bool = False,
 ) -> tuple[Tensor, list[tuple[float, float]]]:
-    """Bits per (finest) dimension by level and image, and mean NFE and rejections by level."""
+    """Bits per (finest) dimension by level and image, and mean NFE and rejections by level.
+
+    Under torchrun each process takes every K-th batch; all of them get the whole result.
+    """
     levels = list(levels)
+    rank, world = runtime.rank_and_world()
     model, device = levels[0].model, levels[0].mean.device
     batches = images.split(batch)
     bits = torch.zeros(len(levels), len(images), dtype=torch.float64)
     costs = torch.zeros(len(levels), 2, dtype=torch.float64)
-    bar = tqdm(total=len(images) * draws, desc="evaluate", unit="image", disable=not progress)
-    first = 0
+    quiet = not progress or rank > 0
+    bar = tqdm(total=len(images) * draws, desc="evaluate", unit="image", disable=quiet)
     for b, chunk in enumerate(batches):
+        if b % world != rank:
+            continue
+        first = b * batch
         for draw in range(draws):
             generator = _generator(device, seed, b, draw)
             x, log_q = pixels.dequantise(
@@ -246,9 +253,10 @@ def _bits(
                 bits[i, first : first + len(chunk)] += share / draws
                 cost = part.statistics
                 costs[i] += torch.tensor([cost.evaluations, cost.rejected], dtype=torch.float64)
-            bar.update(len(chunk))
-        first += len(chunk)
+            bar.update(len(chunk) * world)
     bar.close()
+    if world > 1:
+        bits, costs = (runtime.sum_over_processes(tensor, device) for tensor in (bits, costs))
     mean_costs = (costs / (len(batches) * draws)).tolist()
     return bits, [(nfe, rejected) for nfe, rejected in mean_costs]
 
@@ -264,6 +272,32 @@ def level_bits(
 ) -> Tensor:
     """One level's share of the bits per finest dimension, (N,), without the other levels."""
     return _bits([level], images, batch, 1, seed, solver, trace)[0][0]
+
+
+@torch.no_grad()
+def nearest(images: Tensor, among: Tensor, k: int, *, chunk: int = 1000) -> Tensor:
+    """For each image the k nearest of others, by Euclidean distance of the pixels.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        among: uint8 (M, C, H, W), M at least k.
+        chunk: how many of `among` are compared at a time.
+
+    Returns:
+        int64 (N, k): indices into `among`, nearest first; of equally near ones the first.
+    """
+    wanted = images.flatten(1).double()
+    distances = wanted.new_empty(len(images), 0)
+    indices = torch.empty(len(images), 0, dtype=torch.int64, device=images.device)
+    for first in range(0, len(among), chunk):
+        # Up to the image's own norm; whole numbers, so double precision is exact.
+        others = among[first : first + chunk].flatten(1).to(wanted)
+        here = others.square().sum(1) - 2 * wanted @ others.T
+        numbers = torch.arange(first, first + len(others), device=images.device)
+        distances, order = torch.cat((distances, here), 1).sort(dim=1, stable=True)
+        indices = torch.cat((indices, numbers.expand(len(images), -1)), 1).gather(1, order)[:, :k]
+        distances = distances[:, :k]
+    return indices
 
 
 def _grouped(groups: Tensor | None) -> bool:

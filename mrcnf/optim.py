@@ -1,8 +1,10 @@
-"""The optimiser of one level: Adam alone, or Muon for the hidden convolutions beside it."""
+"""The optimiser of one level: Adam alone, or Adam and Muon; and its learning rate over time."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -98,3 +100,25 @@ class Optimizer:
                 self.muon.state[matrix]["momentum_buffer"] = momentum
             elif "adam.0.step" in tensors:
                 raise KeyError("its optimiser is adam")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A linear rise over the first steps, then half a cosine down to 0 at the end."""
+
+    peak: float
+    warmup: int
+    steps: int
+    minutes: float = 0.0
+    """Training time that decides the end instead of `steps`, unless it is 0."""
+    falls: bool = True
+    """False keeps the peak after the rise."""
+
+    def progress(self, step: int, seconds: float) -> float:
+        """How much is done after so many steps and so much time, from 0 to 1."""
+        return min(1.0, seconds / (60 * self.minutes) if self.minutes else step / self.steps)
+
+    def learning_rate(self, step: int, seconds: float) -> float:
+        rise = min(1.0, (step + 1) / max(1, self.warmup))
+        fall = 0.5 * (1 + math.cos(math.pi * self.progress(step, seconds))) if self.falls else 1.0
+        return self.peak * rise * fall

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mrcnf import checkpoint, files
+from mrcnf import checkpoint, files, metrics
+from mrcnf.errors import UserError
 
 BACKGROUND = 255
 
@@ -88,7 +88,7 @@ def training_curves(path: Path, run: Path) -> None:
     pyplot = _pyplot()
     figure, axis = pyplot.subplots(figsize=(6, 3.6))
     for resolution, folder in checkpoint.find_levels(run).items():
-        rows = read_metrics(folder)
+        rows = [row for row in metrics.read(folder) if "loss" in row]
         minutes = [row["seconds"] / 60 for row in rows]
         axis.plot(minutes, smooth([row["loss"] for row in rows]), label=f"level {resolution}")
     axis.set_xlabel("training time [min]")
@@ -99,10 +99,33 @@ def training_curves(path: Path, run: Path) -> None:
     _save(figure, path)
 
 
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of a level's metrics.jsonl."""
-    text = (folder / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+def bpd_curves(path: Path, runs: Sequence[Path]) -> None:
+    """Bits/dim on test images against training time, a panel per level, a line per run."""
+    pyplot = _pyplot()
+    curves = [
+        (resolution, run.name, curve)
+        for run in runs
+        for resolution, folder in checkpoint.find_levels(run).items()
+        if (curve := metrics.read_curve(folder))
+    ]
+    if not curves:
+        raise UserError("none of these runs has a test curve; train with train.evaluate_every=500")
+    levels = sorted({resolution for resolution, _, _ in curves})
+    figure, axes = pyplot.subplots(
+        1, len(levels), figsize=(1 + 3.6 * len(levels), 3.4), squeeze=False
+    )
+    for axis, level in zip(axes[0], levels, strict=True):
+        for resolution, name, curve in curves:
+            if resolution == level:
+                minutes = [row["seconds"] / 60 for row in curve]
+                axis.plot(minutes, [row["test_bpd"] for row in curve], "o-", ms=3, label=name)
+        axis.set_title(f"level {level}", fontsize=10)
+        axis.set_xlabel("training time [min]")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("share of the test bits/dim")
+    axes[0][-1].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    _save(figure, path)
 
 
 def smooth(values: Sequence[float], decay: float = 0.8) -> list[float]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from mrcnf.errors import UserError
 
@@ -75,6 +76,13 @@ def processes(device: str) -> Iterator[None]:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def sum_over_processes(values: Tensor, device: torch.device) -> Tensor:
+    """The sum of every process's values, on the CPU; `device` is where the group communicates."""
+    total = values.to(device)
+    dist.all_reduce(total)
+    return total.cpu()
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from mrcnf import checkpoint, data, evaluate, files, objectives, pixels, runtime
-from mrcnf.config import Config, DataConfig, to_table, to_toml
+from mrcnf.config import Config, DataConfig, TrainConfig, to_table, to_toml
 from mrcnf.data import Images
 from mrcnf.errors import UserError
 from mrcnf.level import Level, ModelConfig
-from mrcnf.optim import Optimizer
+from mrcnf.metrics import Metrics
+from mrcnf.optim import Optimizer, Schedule
 from mrcnf.order import EpochOrder, seed_of
 from mrcnf.solve import SolverError
 
@@ -70,7 +69,7 @@ def train_levels(
         trainers = (Trainer(config, r, images, run, resume, test) for r in resolutions)
         if joint:
             together = list(trainers)
-            total = sum(t.train.steps - t.step_number for t in together)
+            total = sum(t.steps - t.step_number for t in together)
             with tqdm(total=total, desc="all levels", unit="step", disable=not progress) as bar:
                 while not stop() and (unfinished := [t for t in together if not t.finished]):
                     for trainer in unfinished:
@@ -139,6 +138,8 @@ class Trainer:
                 f"train.micro_batches is {self.train.micro_batches}: make it a multiple of the "
                 f"{self.world} processes"
             )
+        if self.train.minutes and self.world > 1:
+            raise UserError("train.minutes is for one process: each has a clock of its own")
         self.device = runtime.choose_device(self.train.device)
         self.data_hash = images.sha256
         _refuse_used(self.folder, resume)
@@ -164,15 +165,18 @@ class Trainer:
         self.seconds = 0.0
         self.last_failure = ""  # of a solve, for messages
         self.logged = (0, 0.0)  # step and seconds of the last line
-        self.board = self._tensorboard()
         # Kept on the device, so that no step waits for it: steps skipped in all, in a row now,
         # and in a row at the worst.
         self.skipped = torch.zeros(3, device=self.device)
+        self.schedule = _schedule(self.train)
         self.order = EpochOrder(len(images), self.train.batch, self.train.seed)
         if found is not None:
             self._restore(found)
         if self.rank == 0:
-            self._write_head()
+            head = f"# trained on images with sha256 {self.data_hash}\n"
+            files.write(self.folder / "config.toml", head + to_toml(self.config))
+            self.metrics = Metrics(self.folder, self.train.tensorboard)
+            self.metrics.rewind(self.step_number)
 
     def step(self) -> dict[str, Tensor]:
         """One optimiser step; returns detached scalars on the device."""
@@ -216,14 +220,25 @@ class Trainer:
         self.skipped = torch.stack(
             (self.skipped[0] + bad, in_a_row, torch.maximum(self.skipped[2], in_a_row))
         )
-        self.optimizer.step(self._learning_rate(), bad)
+        self.optimizer.step(self.schedule.learning_rate(self.step_number, self.seconds), bad)
         decay = min(train.ema, (1 + self.step_number) / (10 + self.step_number))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
         return norm
 
     @property
+    def progress(self) -> float:
+        """How much of the training is done, from 0 to 1."""
+        return self.schedule.progress(self.step_number, self.seconds)
+
+    @property
+    def steps(self) -> int:
+        """Steps in all: an estimate where the clock decides."""
+        by_clock = self.train.minutes and self.progress
+        return round(self.step_number / self.progress) if by_clock else self.train.steps
+
+    @property
     def finished(self) -> bool:
-        return self.step_number >= self.train.steps
+        return self.progress >= 1
 
     def advance(self) -> dict[str, float] | None:
         """A step, with the log line and the checkpoint when they are due; returns the line."""
@@ -239,7 +254,9 @@ class Trainer:
         due = bool(every) and (self.step_number % every == 0 or self.finished)
         if due and self.test is not None and self.rank == 0:
             bits = evaluate.level_bits(self.finished_level(), self.test)
-            self._write({"test_bpd": float(bits.mean()), "seconds": self.seconds})
+            mean, error = evaluate.mean_and_error(bits, None)
+            row_of_test = {"test_bpd": mean, "test_bpd_stderr": error, "seconds": self.seconds}
+            self.metrics.write(self.step_number, row_of_test)
         if self.step_number % self.train.checkpoint_every == 0 or self.finished:
             self.save()
         return row
@@ -247,7 +264,7 @@ class Trainer:
     def run(self, *, progress: bool = True, stop: Callable[[], bool] = lambda: False) -> None:
         """Train to the last step or until `stop()`, and leave a checkpoint."""
         bar = tqdm(
-            total=self.train.steps,
+            total=None if self.train.minutes else self.train.steps,
             initial=self.step_number,
             desc=f"level {self.resolution}",
             unit="step",
@@ -290,17 +307,23 @@ class Trainer:
         progress = {"step": self.step_number, "seconds": self.seconds, "data": self.data_hash}
         extra = {
             **progress,
-            "steps": self.train.steps,
+            "steps": self.steps,
             "objective": self.train.objective,
             "data_name": self.config.data.name,
             "parameters": sum(p.numel() for p in self.parameters),
         }
-        # The state comes last: whoever finds a finished one need not look at the weights.
-        checkpoint.save_level(self.folder, self.level, self._averaged_state(), extra)
-        state = self.folder / checkpoint.STATE
+        weights = self._averaged_state()
+        state, previous = self.folder / checkpoint.STATE, self.folder / checkpoint.PREVIOUS
+        # The state comes last: whoever finds a finished one need not look at the weights. The
+        # first one comes first: weights alone are a copy for use, which is not to be resumed.
+        first = not state.exists() and not previous.exists()
+        if not first:
+            checkpoint.save_level(self.folder, self.level, weights, extra)
         if state.exists():
-            state.replace(self.folder / checkpoint.PREVIOUS)
+            state.replace(previous)
         checkpoint.write_tensors(state, tensors, {**progress, "config": to_table(self.config)})
+        if first:
+            checkpoint.save_level(self.folder, self.level, weights, extra)
 
     def _averaged_state(self) -> dict[str, Tensor]:
         state = dict(self.level.state_dict())
@@ -337,20 +360,14 @@ class Trainer:
         self.skipped = tensors["skipped"].to(self.device)
         self.skipped[1:] = 0  # in a row: a resumed run may have been given a remedy
         self.step_number, self.seconds = metadata["step"], metadata["seconds"]
-        self.saved_step, self.logged = self.step_number, (self.step_number, self.seconds)
-
-    def _write_head(self) -> None:
-        """The resolved configuration, and the log up to where training starts."""
-        text = f"# trained on images with sha256 {self.data_hash}\n{to_toml(self.config)}"
-        files.write(self.folder / "config.toml", text)
-        log = self.folder / "metrics.jsonl"
-        lines = log.read_text().splitlines() if self.step_number and log.exists() else []
-        kept = [line for line in lines if _step_of(line) <= self.step_number]
-        files.write(log, "".join(f"{line}\n" for line in kept))
+        self.logged = (self.step_number, self.seconds)
+        if (self.folder / checkpoint.WEIGHTS).exists():  # else killed before they were written
+            self.saved_step = self.step_number
 
     def _check_level(self) -> None:
         crop, model = self.train.crop, self.level.model
         unit = model.finest // self.resolution * (1 if self.level.is_base else 2)
+        unit *= 2 ** (self.config.field.scales - 1)
         if crop < 0 or crop % unit or crop > model.finest:
             raise UserError(
                 f"train.crop {crop} must be a multiple of {unit} and at most {model.finest} for "
@@ -361,14 +378,6 @@ class Trainer:
                 f"level {self.resolution}: flow matching trains one field, but field.blocks is "
                 f"{self.config.field.blocks}; set it to 1, or train.objective to likelihood"
             )
-
-    def _learning_rate(self) -> float:
-        train, step = self.train, self.step_number
-        rise = min(1.0, (step + 1) / max(1, train.warmup))
-        if train.schedule == "constant":
-            return train.learning_rate * rise
-        fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / train.steps)))
-        return train.learning_rate * rise * fall
 
     def _log(self, row: dict[str, float]) -> None:
         skipped, _, worst = self.skipped.tolist()
@@ -382,34 +391,19 @@ class Trainer:
         step, seconds = self.logged
         images = (self.step_number - step) * self.train.batch
         row |= {
-            "learning_rate": self._learning_rate(),
+            "learning_rate": self.schedule.learning_rate(self.step_number, self.seconds),
             "skipped": skipped,
             "images_per_s": images / max(self.seconds - seconds, 1e-9),
             "seconds": self.seconds,
         }
         self.logged = (self.step_number, self.seconds)
-        if self.rank > 0:
-            return
-        self._write(row)
+        if self.rank == 0:
+            self.metrics.write(self.step_number, row)
 
-    def _write(self, row: dict[str, float]) -> None:
-        """A line of metrics.jsonl, and the same for TensorBoard."""
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": self.step_number} | row) + "\n")
-        if self.board is not None:
-            for name, value in row.items():
-                self.board.add_scalar(f"level-{self.resolution}/{name}", value, self.step_number)
 
-    def _tensorboard(self) -> Any:
-        if not self.train.tensorboard or self.rank > 0:
-            return None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "train.tensorboard needs the extra: pip install 'mrcnf[tensorboard]'"
-            ) from None
-        return SummaryWriter(str(self.folder))
+def _schedule(train: TrainConfig) -> Schedule:
+    falls = train.schedule == "cosine"
+    return Schedule(train.learning_rate, train.warmup, train.steps, train.minutes, falls)
 
 
 def _evaluates(config: Config) -> bool:
@@ -417,16 +411,15 @@ def _evaluates(config: Config) -> bool:
 
 
 def _refuse_used(folder: Path, resume: bool) -> None:
-    names = (checkpoint.WEIGHTS, checkpoint.STATE, checkpoint.PREVIOUS)
-    if not resume and any((folder / name).exists() for name in names):
+    weights = (folder / checkpoint.WEIGHTS).exists()
+    state = any((folder / name).exists() for name in (checkpoint.STATE, checkpoint.PREVIOUS))
+    if weights and not state:
+        raise UserError(
+            f"{folder} holds weights for use but no state to resume from; choose another --out "
+            "(train.init takes the weights along)"
+        )
+    if state and not resume:
         raise UserError(
             f"{folder} holds a training run already; add --resume to go on with it, or choose "
             "another --out"
         )
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # a line that a kill cut short

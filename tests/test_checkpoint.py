@@ -11,7 +11,7 @@ from runs import files, images, smooth_images, tiny, trained
 from safetensors.torch import save_file
 
 import mrcnf
-from mrcnf import checkpoint, train
+from mrcnf import checkpoint, evaluate, train
 from mrcnf import files as writing
 from mrcnf.errors import UserError
 
@@ -240,6 +240,104 @@ def test_a_failed_copy_leaves_no_half_level(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "copytree", fail)
     refused(finished, lambda: checkpoint.assemble([finished], tmp_path / "out"))
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A run of ordinary size, where tensors outweigh their names; not to be changed."""
+    return trained(tmp_path_factory.mktemp("wide") / "run", "field.width=32", "train.steps=20")
+
+
+def test_half_copies_are_for_use(wide, tmp_path):
+    half = tmp_path / "half"
+    assert checkpoint.assemble([wide], half, half=True) == [2, 4]
+    names = {"config.toml", "metrics.jsonl", checkpoint.WEIGHTS}
+    assert [p.name for p in half.iterdir() if p.name.startswith(".")] == []
+    for level in mrcnf.load(half):
+        assert all(p.dtype == torch.float32 for p in level.parameters())
+        old, new = (checkpoint.level_folder(run, level.resolution) for run in (wide, half))
+        assert {p.name for p in new.iterdir()} == names
+        assert (new / "config.toml").read_bytes() == (old / "config.toml").read_bytes()
+        assert (new / "metrics.jsonl").read_bytes() == (old / "metrics.jsonl").read_bytes()
+        size, whole = ((f / checkpoint.WEIGHTS).stat().st_size for f in (new, old))
+        assert 0.45 < size / whole < 0.6
+        before, metadata = checkpoint.read_tensors(old / checkpoint.WEIGHTS)
+        after, same_metadata = checkpoint.read_tensors(new / checkpoint.WEIGHTS)
+        assert same_metadata == metadata
+        parameters = {name for name, _ in level.named_parameters()}
+        for name, value in before.items():
+            expected = value.half() if name in parameters else value
+            assert torch.equal(after[name], expected) and after[name].dtype == expected.dtype
+    bits = [evaluate.evaluate(mrcnf.load(run), images()).bpd for run in (wide, half)]
+    assert bits[0] != bits[1] == pytest.approx(bits[0], abs=1e-4)
+
+
+def test_half_copies_of_half_copies_are_the_same(finished, tmp_path):
+    checkpoint.assemble([finished], tmp_path / "half", half=True)
+    checkpoint.assemble([tmp_path / "half"], tmp_path / "again", half=True)
+    paths = [tmp_path / run / "level-4" / checkpoint.WEIGHTS for run in ("half", "again")]
+    (half, metadata), (again, same_metadata) = map(checkpoint.read_tensors, paths)
+    assert same(again, half) and same_metadata == metadata
+    assert all(again[name].dtype == half[name].dtype for name in half)
+
+
+def test_weights_beyond_float16_are_not_halved(run, tmp_path):
+    path = run / "level-4" / checkpoint.WEIGHTS
+    tensors, metadata = checkpoint.read_tensors(path)
+    name, _ = next(mrcnf.load(run).level(4).named_parameters())
+    tensors[name].view(-1)[0] = -70000.0
+    checkpoint.write_tensors(path, tensors, metadata)
+    out = tmp_path / "half"
+    message = refused(path, lambda: checkpoint.assemble([run], out, half=True))
+    assert f"{name} reaches 7e+04" in message and "--half" in message
+    assert not out.exists()
+    tensors[name].view(-1)[0] = -65504.0
+    tensors["mean"].fill_(70000.0)  # buffers keep their width
+    checkpoint.write_tensors(path, tensors, metadata)
+    checkpoint.assemble([run], out, half=True)
+    assert torch.equal(mrcnf.load(out).level(4).mean, tensors["mean"])
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failed_half_copy_leaves_no_level(finished, tmp_path, monkeypatch, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt):
+        checkpoint.assemble([finished], tmp_path / "out", half=True)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_weights_without_a_state_are_not_trained_over(finished, tmp_path, resume):
+    half = tmp_path / "half"
+    checkpoint.assemble([finished], half, half=True)
+    before = files(half)
+    folder = half / "level-4"
+    message = refused(folder, lambda: trained(half, level=4, resume=resume))
+    assert "no state to resume from" in message
+    refused(folder, lambda: train.train_levels(tiny(), [4], half, resume=resume))
+    assert files(half) == before
+    trained(tmp_path / "polished", f"train.init={half}", level=4)
+
+
+@pytest.mark.parametrize("every", [2, 4])
+def test_a_kill_before_the_first_weights_changes_nothing(tmp_path, monkeypatch, every):
+    setting, folder = f"train.checkpoint_every={every}", tmp_path / "killed" / "level-4"
+    whole = trained(tmp_path / "whole", setting, level=4)
+
+    def dying(*args):
+        raise SystemExit
+
+    monkeypatch.setattr(checkpoint, "save_level", dying)
+    with pytest.raises(SystemExit):
+        trained(tmp_path / "killed", setting, level=4)
+    monkeypatch.undo()
+    assert (folder / checkpoint.STATE).exists() and not (folder / checkpoint.WEIGHTS).exists()
+    trained(tmp_path / "killed", setting, level=4, resume=True)
+    one, other = (checkpoint.load_level(r, 4) for r in (folder.parent, whole))
+    assert same(one.state_dict(), other.state_dict())
 
 
 def test_what_is_not_a_run(tmp_path):

@@ -155,6 +155,22 @@ def test_sampling(made, tmp_path, capsys):
     assert path.read_bytes() == (tmp_path / "again.png").read_bytes()
 
 
+def test_sampling_with_the_nearest_training_images(made, tmp_path, capsys):
+    path = tmp_path / "near.png"
+    arguments = ["--n", 3, "--out", path, "--zoom", 2, "--seed", 4]
+    mrcnf_says(capsys, "sample", made.run, "--neighbours", 2, *arguments, "--data.limit=10")
+    generator = torch.Generator().manual_seed(4)
+    samples = mrcnf.load(made.run).sample(3, generator=generator)
+    known = smooth_images(12, seed=0)[:10]
+    rows = []
+    for image in samples:
+        order = (image.double() - known.double()).square().flatten(1).sum(1).argsort(stable=True)
+        rows.append(torch.cat((image[None], known[order[:2]])))
+    assert torch.equal(read_image(path), plot.grid(torch.cat(rows), columns=3, zoom=2))
+    mrcnf_says(capsys, "sample", made.run, "--neighbours", 0, *arguments)
+    assert torch.equal(read_image(path), plot.grid(samples, zoom=2))
+
+
 def test_upscaling(made, tmp_path, capsys):
     said = mrcnf_says(
         capsys, "upscale", made.run, made.folder / "2.png", made.folder / "8.png",
@@ -239,6 +255,17 @@ def test_assembling(made, tmp_path, capsys):
     assert files(tmp_path / "whole") == files(made.run)
 
 
+def test_assembling_half_copies(made, tmp_path, capsys):
+    half = tmp_path / "half"
+    said = mrcnf_says(capsys, "assemble", made.run, "--out", half, "--half")
+    assert said.endswith("levels 2, 4\n")
+    assert not list(half.rglob("state*"))
+    mrcnf_says(capsys, "evaluate", half)
+    before = files(half)
+    said = refused(capsys, "train", made.config, "--out", half, "--resume", "train.steps=6")
+    assert "no state to resume from" in said and files(half) == before
+
+
 def test_info_needs_only_the_weights(run, capsys):
     for path in run.rglob("*"):
         if path.is_file() and path.name != checkpoint.WEIGHTS:
@@ -277,6 +304,13 @@ MISTAKES = {
     "no image": ("upscale {run} {folder}/none.png --out {out}", "none.png: there is no such"),
     "nothing to upscale": ("upscale {run} --out {out}", "no image to upscale"),
     "no samples": ("sample {run} --n 0 --out {out}", "n and zoom must be at least 1"),
+    "fewer than no neighbours": ("sample {run} --neighbours -1 --out {out}", "not be negative"),
+    "too many neighbours": ("sample {run} --neighbours 13 --out {out}", "more than the 12 images"),
+    "neighbours of no data": (
+        "sample {run} --neighbours 2 data.name=npz:/none --out {out}", "/none"
+    ),
+    "settings without neighbours": ("sample {run} data.limit=3 --out {out}", "would ignore data"),
+    "other settings": ("sample {run} --neighbours 2 solver.steps=9 --out {out}", "ignore solver"),
     "JPEG": ("sample {run} --n 2 --out {out}/a.jpg", "end the name in .png"),
     "unknown data": ("evaluate {run} --data cifar11 --json {out}", "'cifar11' is unknown"),
     "missing data": ("evaluate {run} --data npz:/none --json {out}", "/none"),

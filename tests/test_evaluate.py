@@ -76,6 +76,30 @@ def test_more_draws_average(model, exact):
     torch.testing.assert_close(both.sum(0), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 40, 1000])
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_the_nearest_images_are_those_of_brute_force(k, chunk):
+    generator = torch.Generator().manual_seed(2)
+    among = torch.randint(256, (40, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    among[30:] = among[:10]  # equally near: the first comes first
+    chosen = torch.randint(256, (6, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    chosen[0] = among[33]
+    differences = chosen[:, None].long() - among[None].long()
+    expected = differences.square().flatten(2).sum(2).sort(dim=1, stable=True).indices[:, :k]
+    found = evaluate.nearest(chosen, among, k, chunk=chunk)
+    assert torch.equal(found, expected) and found[0, 0] == 3
+
+
+def test_neighbours_of_extreme_images_are_exact():
+    """Squared norms of 2·10⁸, beyond single precision's whole numbers, that differ by one."""
+    among = torch.full((3, 3, 32, 32), 255, dtype=torch.uint8)
+    among[0, 0, 0, 0] = among[1, 0, 0, 0] = 0
+    image = among[:1].clone()
+    image[0, 0, 0, 0] = 1
+    among[0, 0, 0, 0] = 3
+    assert evaluate.nearest(image, among, 3).tolist() == [[1, 0, 2]]
+
+
 def test_the_same_seed_gives_the_same_numbers(model):
     one, again = (evaluate.evaluate(model, images(), batch=5, seed=4) for _ in range(2))
     other = evaluate.evaluate(model, images(), batch=5, seed=5)

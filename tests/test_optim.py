@@ -5,9 +5,9 @@ import torch
 from runs import images, tiny, trained
 from torch import nn
 
-from mrcnf import train
+from mrcnf import checkpoint, train
 from mrcnf.errors import UserError
-from mrcnf.optim import Optimizer
+from mrcnf.optim import Optimizer, Schedule
 from mrcnf.velocity import ResidualField
 
 GOOD = torch.zeros(())
@@ -62,3 +62,29 @@ def test_another_optimisers_moments_are_refused(tmp_path, first, second):
     assert train.Trainer(settings, 4, images(), tmp_path / "run", resume=True).finished
 
 
+
+
+def test_the_learning_rate_rises_and_falls_by_steps_or_by_the_clock():
+    by_steps = Schedule(peak=2.0, warmup=4, steps=100)
+    assert [by_steps.learning_rate(step, 1e9) for step in (0, 50, 100)] == pytest.approx(
+        [0.5, 1.0, 0.0]
+    )
+    by_clock = Schedule(peak=2.0, warmup=4, steps=100, minutes=2.0)
+    rates = [by_clock.learning_rate(500, seconds) for seconds in (0.0, 60.0, 120.0, 200.0)]
+    assert rates == pytest.approx([2.0, 1.0, 0.0, 0.0])
+    flat = Schedule(peak=2.0, warmup=4, steps=100, falls=False)
+    assert flat.learning_rate(99, 0.0) == 2.0
+
+
+def test_training_by_the_clock_ends_with_it_and_resumes(tmp_path):
+    settings = tiny("train.minutes=0.01")  # 0.6 s
+    trainer = train.Trainer(settings, 4, images(), tmp_path / "run")
+    while trainer.seconds < 0.3:
+        trainer.advance()
+    assert not trainer.finished and 0.5 <= trainer.progress < 1
+    trainer.save()
+    resumed = train.Trainer(settings, 4, images(), tmp_path / "run", resume=True)
+    assert resumed.seconds == trainer.seconds
+    resumed.run(progress=False)
+    assert resumed.finished and resumed.seconds < 10
+    assert checkpoint.unfinished(tmp_path / "run") == ["level 2 is not trained yet"]

@@ -235,6 +235,32 @@ def test_two_processes_are_two_micro_batches(recipe, tmp_path):
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_does(recipe, tmp_path):
+    """Every batch has seeds of its own, so the numbers are the same whoever takes it."""
+    settings = config.load(recipe.path, ["train.steps=3"])
+    for level in (2, 4):
+        train.Trainer(settings, level, recipe.data, tmp_path / "run").run(progress=False)
+    words = ["evaluate", str(tmp_path / "run"), "--device", "cpu", "--batch", "5", "--json"]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    tables = []
+    for name, launcher in (
+        ("one", ["-m", "mrcnf"]),
+        ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+                 "-m", "mrcnf"]),
+    ):  # fmt: skip
+        path = tmp_path / f"{name}.json"
+        said = subprocess.run(
+            [sys.executable, *launcher, *words, str(path)],
+            check=True, timeout=240, env=one_thread, capture_output=True, text=True,
+        )  # fmt: skip
+        assert said.stdout.count("bits/dim on") == 1
+        tables.append(json.loads(path.read_text()))
+    for table in tables:
+        del table["seconds"]
+    assert tables[0] == tables[1]
+
+
 def test_micro_batches_average_their_pieces(tmp_path):
     whole = trainer_of(tmp_path / "a", "train.micro_batches=2", "train.flip=false")
     whole.step()
@@ -398,7 +424,7 @@ def test_the_learning_rate_rises_then_follows_its_schedule(tmp_path, schedule):
     )  # fmt: skip
     rates = []
     for trainer.step_number in range(101):
-        rates.append(trainer._learning_rate())
+        rates.append(trainer.schedule.learning_rate(trainer.step_number, 0.0))
     falling = [(1 + math.cos(math.pi * k / 100)) / 2 for k in range(101)]
     fall = falling if schedule == "cosine" else [1] * 101
     expected = [0.5 * min(1, (k + 1) / 10) * fall[k] for k in range(101)]

@@ -1,0 +1,64 @@
+"""What training writes down as it goes: metrics.jsonl, and TensorBoard's events if wanted."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from mrcnf import files
+from mrcnf.errors import UserError
+
+FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """The log of one level.
+
+    Args:
+        folder: of the level; its name prefixes TensorBoard's tags.
+        tensorboard: write TensorBoard's events too.
+    """
+
+    def __init__(self, folder: Path, tensorboard: bool = False) -> None:
+        self.folder, self.board = folder, None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError(
+                    "train.tensorboard needs the extra: pip install 'mrcnf[tensorboard]'"
+                ) from None
+            self.board = SummaryWriter(str(folder))
+
+    def rewind(self, step: int) -> None:
+        """Keep the lines up to a step: what came after it will be written again."""
+        path = self.folder / FILE
+        lines = path.read_text().splitlines() if step and path.exists() else []
+        files.write(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        """Add a line."""
+        with open(self.folder / FILE, "a") as file:
+            file.write(json.dumps({"step": step} | row) + "\n")
+        if self.board is not None:
+            for name, value in row.items():
+                self.board.add_scalar(f"{self.folder.name}/{name}", value, step)
+
+
+def read(folder: Path) -> list[dict[str, float]]:
+    """The lines of a level's log; none if it has none."""
+    path = folder / FILE
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def read_curve(folder: Path) -> list[dict[str, float]]:
+    """Those lines that have bits/dim on test images."""
+    return [row for row in read(folder) if "test_bpd" in row]
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line that a kill cut short
