@@ -343,9 +343,11 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error), 2)
     except (SolverError, training.TrainingError) as error:
         _fail(str(error), 1)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not runtime.out_of_memory(error):
+            raise
         advice = "halve the batch (train.batch, --batch, --n), or double train.micro_batches"
-        _fail(f"out of memory: {advice} ({error})", 1)
+        _fail(f"out of memory: {advice} ({str(error).splitlines()[0]})", 1)
     except KeyboardInterrupt:
         _fail("interrupted", 1)
 

@@ -38,9 +38,18 @@ class Metrics:
         files.write(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """Add a line."""
-        with open(self.folder / FILE, "a") as file:
-            file.write(json.dumps({"step": step} | row) + "\n")
+        """Add a line.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        path = self.folder / FILE
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps({"step": step} | row) + "\n")
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{path}: cannot be written ({reason})") from None
         if self.board is not None:
             for name, value in row.items():
                 self.board.add_scalar(f"{self.folder.name}/{name}", value, step)

@@ -30,6 +30,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the host."""
+    allocator = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return allocator or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """Within: SIGTERM and Ctrl-C no longer kill, the yielded function says whether one came.

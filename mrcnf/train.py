@@ -262,7 +262,10 @@ class Trainer:
         return row
 
     def run(self, *, progress: bool = True, stop: Callable[[], bool] = lambda: False) -> None:
-        """Train to the last step or until `stop()`, and leave a checkpoint."""
+        """Train to the last step or until `stop()`, and leave a checkpoint.
+
+        Where memory runs out in a step, the state before that step is saved first.
+        """
         bar = tqdm(
             total=None if self.train.minutes else self.train.steps,
             initial=self.step_number,
@@ -274,7 +277,12 @@ class Trainer:
         )
         with bar:
             while not self.finished and not stop():
-                row = self.advance()
+                try:
+                    row = self.advance()
+                except Exception as error:
+                    if runtime.out_of_memory(error):
+                        self.save_if_new()
+                    raise
                 bar.update()
                 if row is not None:
                     rate, loss = row["images_per_s"], row["loss"]

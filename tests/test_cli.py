@@ -392,6 +392,7 @@ def test_an_image_of_noise_is_read_as_such(made, tmp_path, capsys):
     ("error", "status", "words"),
     [
         (torch.OutOfMemoryError("no memory"), 1, "halve the batch"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory:\nat 0x1"), 1, "halve the batch"),
         (cli.training.TrainingError("it diverged"), 1, "it diverged"),
         (cli.SolverError("level 4", "too stiff", 0.5, 0.1, 9), 1, "level 4: too stiff"),
         (KeyboardInterrupt(), 1, "interrupted"),

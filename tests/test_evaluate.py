@@ -15,7 +15,7 @@ from mrcnf import evaluate, pixels
 from mrcnf.data import Images
 from mrcnf.errors import UserError
 from mrcnf.flow import Trace
-from mrcnf.solve import Solver
+from mrcnf.solve import Solver, SolverError
 
 EXACT = Trace("exact")
 
@@ -132,6 +132,16 @@ def test_the_limit_takes_the_first_images(model):
     assert limited.images == 8
     assert limited.bpd == evaluate.evaluate(model, first).bpd
     assert evaluate.evaluate(model, data, limit=99).images == 30
+
+
+def test_a_stiff_field_ends_in_an_error_within_its_limit(model):
+    stiff = copy.deepcopy(model)
+    for level in stiff:
+        level.solver = Solver("dopri5", steps=0, rtol=1e-6, atol=1e-6, max_evaluations=500)
+        for parameter in level.parameters():
+            parameter.mul_(100)
+    with pytest.raises(SolverError, match=r"level 2.*\b50\d\b evaluations"):
+        evaluate.evaluate(stiff, images())
 
 
 def test_one_image_has_no_error(model):

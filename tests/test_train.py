@@ -158,6 +158,43 @@ def test_a_run_stopped_before_its_first_step_goes_on(tmp_path):
     assert same(weights(tmp_path / "stopped", 4), weights(tmp_path / "whole", 4))
 
 
+def test_out_of_memory_keeps_the_state(tmp_path):
+    trainer = trainer_of(tmp_path / "run", "train.checkpoint_every=100")
+    forward = trainer.objective.forward
+
+    def greedy(*arguments):
+        if trainer.step_number == 3:
+            torch.empty(2**60, dtype=torch.uint8)
+        return forward(*arguments)
+
+    trainer.objective.forward = greedy
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        trainer.run(progress=False)
+    resumed = trainer_of(tmp_path / "run", "train.checkpoint_every=100", resume=True)
+    assert resumed.step_number == 3
+    resumed.run(progress=False)
+    assert same(weights(tmp_path / "run", 4), weights(trained(tmp_path / "whole", level=4), 4))
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_last_checkpoint(recipe, tmp_path):
+    """A limit on the size of files stands in for a full disk: writes fail half way."""
+    arguments = command(recipe.path, tmp_path / "run", "--level", "4")
+    run = start(arguments)
+    state = tmp_path / "run/level-4" / checkpoint.STATE
+    wait_for(state.exists, run)
+    run.terminate()
+    run.communicate()
+    before = state.read_bytes()
+    limit = len(before) // 2
+    full = ["bash", "-c", f'ulimit -f {limit // 1024}; exec "$@"', "-", *arguments, "--resume"]
+    failed = subprocess.run(full, capture_output=True, text=True)
+    assert failed.returncode == 2 and "File too large" in failed.stderr.splitlines()[-1]
+    after = files(tmp_path / "run")
+    assert before in after.values() and not any("tmp" in str(name) for name in after)
+    resumed_equals_whole(recipe, tmp_path / "run")
+
+
 def test_resuming_a_finished_run_changes_no_weights(tmp_path):
     run = trained(tmp_path / "run")
     before = files(run)
