@@ -158,8 +158,9 @@ def load_level(
         raise UserError(f"{run} has no level {resolution}: its levels are {list(folders)}")
     path = folders[resolution] / WEIGHTS
     tensors, metadata = _read_level(path)
-    settings = metadata["model"]
-    model = ModelConfig(**{**settings, "resolutions": tuple(settings["resolutions"])})
+    # Bits are per dimension of the finest image that any level of the run was made for.
+    resolutions = {r for other in describe(run).values() for r in other["model"]["resolutions"]}
+    model = ModelConfig(**{**metadata["model"], "resolutions": tuple(sorted(resolutions))})
     level = _build(path, model, tensors, metadata)
     return level.to(device).eval().requires_grad_(False)
 
@@ -191,7 +192,7 @@ def load_weights(run: Path | str, level: Level) -> None:
     theirs = {"field": metadata["field"], **metadata["model"]}
     ours["base level"] = level.is_base
     theirs["base level"] = theirs["resolutions"][0] == metadata["resolution"]
-    for key in ("field", "channels", "nbits", "dequantisation", "base", "base level"):
+    for key in ("field", "channels", "nbits", "dequantisation", "whiten", "base", "base level"):
         if theirs[key] != ours[key]:
             raise UserError(
                 f"{path} cannot supply the starting weights: its {key} is {theirs[key]!r}, "

@@ -13,7 +13,7 @@ from mrcnf.errors import UserError
 
 # Where a run lies, what it is called, how long it goes and how it is watched: no difference.
 _ASIDE = ("name", "data.root", "train.log_every", "train.checkpoint_every", "train.device",
-          "train.evaluate_every", "train.evaluate_images", "train.tensorboard")  # fmt: skip
+          "train.evaluate_every", "train.tensorboard")  # fmt: skip
 
 
 @dataclass
@@ -45,7 +45,7 @@ def compare(runs: Sequence[Path | str]) -> list[Row]:
     for run in map(Path, runs):
         for resolution, metadata in checkpoint.describe(run).items():
             folder = checkpoint.level_folder(run, resolution)
-            settings = _settings(folder / "config.toml")
+            settings = _settings(folder / "config.toml") | {"data.sha256": metadata["data"][:12]}
             base = first.setdefault(resolution, settings)
             curve = metrics.read_curve(folder)
             rows.append(

@@ -90,7 +90,8 @@ class TrainConfig:
     precision: str = "float32"
     """float32, or bfloat16 inside the network (state and trace stay float32)."""
     compile: bool = False
-    """Compile the network with torch.compile."""
+    """Compile the network with torch.compile: nearly twice as fast on a CPU after a minute, which
+    needs a C++ compiler."""
     seed: int = 0
     device: str = "auto"
     """auto (CUDA if there is one), cpu, cuda, cuda:1, …"""
@@ -120,8 +121,11 @@ class TrainConfig:
         for name in ("ema", "beta2", "steer"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"train.{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.minutes < 0:
-            raise UserError(f"train.minutes must not be negative, got {self.minutes}")
+        for name in ("minutes", "evaluate_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"train.{name} must not be negative, got {getattr(self, name)}")
+        if self.evaluate_images < 2:
+            raise UserError(f"train.evaluate_images must be at least 2, got {self.evaluate_images}")
         if self.batch % self.micro_batches:
             raise UserError(
                 f"train.batch {self.batch} must be a multiple of micro_batches {self.micro_batches}"

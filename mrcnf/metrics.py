@@ -56,9 +56,10 @@ class Metrics:
 
 
 def read(folder: Path) -> list[dict[str, float]]:
-    """The lines of a level's log; none if it has none."""
+    """The lines of a level's log; none if it has none. A line that a kill cut short is left out."""
     path = folder / FILE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if _step_of(line) < math.inf]
 
 
 def read_curve(folder: Path) -> list[dict[str, float]]:

@@ -90,8 +90,8 @@ def flow_matching(
         clean: images at the centres of their cells; needed when the level starts late.
         times: distribution of t: "uniform"; "log-uniform" down to 1e-3; "mixed", half each; or
             "likelihood", log-uniform with errors weighted by 1 - t. That makes (1-t)/t dt, the
-            weight of the evidence lower bound (Kingma et al. 2021, eq. 12: half the fall of the
-            signal-to-noise ratio (1-t)²/t², times the squared error t²·|f - v|² of the image).
+            weight of the evidence lower bound (Kingma et al. 2021, in continuous time: half the
+            fall of the signal-to-noise ratio (1-t)²/t², times the squared error t²·|f - v|²).
 
     Returns:
         the loss, a scalar, and no further parts.

@@ -35,7 +35,7 @@ class Optimizer:
         self.others = [p for p in self.parameters if id(p) not in chosen]
         self.adam = torch.optim.Adam(self.others, fused=True, betas=(0.9, beta2))
         # Muon takes matrices only; these share memory with the weights.
-        self.matrices = [p.detach().flatten(1) for p in self.hidden]
+        self.matrices = [p.detach().view(len(p), -1) for p in self.hidden]
         self.muon = (
             torch.optim.Muon(self.matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
             if self.matrices
@@ -58,9 +58,10 @@ class Optimizer:
         for group in self.muon.param_groups:
             group["lr"] = learning_rate
         for parameter, matrix in zip(self.hidden, self.matrices, strict=True):
-            if parameter.grad is not None:
-                matrix.grad = torch.where(bad > 0, 0.0, parameter.grad).flatten(1)
+            gradient = parameter.grad
+            matrix.grad = None if gradient is None else gradient.where(bad == 0, 0.0).flatten(1)
         momenta = [s["momentum_buffer"] for s in self.muon.state.values()]
+        # Momentum moves the weights even where the gradient is 0, so both are put back.
         before = [(tensor, tensor.clone()) for tensor in (*self.matrices, *momenta)]
         self.muon.step()
         for tensor, old in before:
@@ -83,7 +84,7 @@ class Optimizer:
         """Take up the moments of `state_dict`; those that are missing begin at nought.
 
         Raises:
-            KeyError, RuntimeError: they are another optimiser's.
+            RuntimeError: they are another optimiser's.
         """
         for i, parameter in enumerate(self.others):
             if f"adam.{i}.step" in tensors:  # absent before the first good step
@@ -92,14 +93,14 @@ class Optimizer:
                 }
         if self.muon is None:
             if any(name.startswith("muon.") for name in tensors):
-                raise KeyError("its optimiser is muon")
+                raise RuntimeError("its train.optimizer is muon")
             return
         for i, matrix in enumerate(self.matrices):
             if f"muon.{i}" in tensors:
                 momentum = tensors[f"muon.{i}"].to(matrix.device)
                 self.muon.state[matrix]["momentum_buffer"] = momentum
             elif "adam.0.step" in tensors:
-                raise KeyError("its optimiser is adam")
+                raise RuntimeError("its train.optimizer is adam")
 
 
 @dataclass(frozen=True)

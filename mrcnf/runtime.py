@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 
@@ -28,6 +29,16 @@ def choose_device(name: str) -> torch.device:
         if device.index is None:
             device = torch.device("cuda", int(rank_and_world()[0]) % torch.cuda.device_count())
     return device
+
+
+def require_compiler(device: torch.device) -> None:
+    """A UserError where torch.compile would find no C++ compiler for the CPU."""
+    names = (os.environ.get("CXX", "g++"), "g++", "clang++")
+    if device.type == "cpu" and not any(shutil.which(name) for name in names):
+        raise UserError(
+            "train.compile needs a C++ compiler (g++ or clang++) on a CPU; install one, or set "
+            "train.compile=false"
+        )
 
 
 def out_of_memory(error: BaseException) -> bool:

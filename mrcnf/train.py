@@ -65,7 +65,8 @@ def train_levels(
         _refuse_used(checkpoint.level_folder(run, resolution), resume)
     with runtime.processes(config.train.device), runtime.stop_on_signal() as stop:
         images = load_images(config.data, config.model, "train")
-        test = load_images(config.data, config.model, "test") if _evaluates(config) else None
+        watched = any(config.at_level(r).train.evaluate_every for r in resolutions)
+        test = load_images(config.data, config.model, "test") if watched else None
         trainers = (Trainer(config, r, images, run, resume, test) for r in resolutions)
         if joint:
             together = list(trainers)
@@ -151,6 +152,7 @@ class Trainer:
         if self.train.init and found is None:
             checkpoint.load_weights(self.train.init, self.level)
         if self.train.compile:
+            runtime.require_compiler(self.device)
             for field in self.level.flow.fields:
                 field.compile()
         objective = objectives.Objective(self.level, config)
@@ -162,6 +164,7 @@ class Trainer:
         hidden = self.level.flow.hidden_weights() if self.train.optimizer == "muon" else []
         self.optimizer = Optimizer(self.parameters, hidden, self.train.beta2)
         self.step_number, self.saved_step = 0, -1
+        self.updating = False  # within an update, weights are of no step
         self.seconds = 0.0
         self.last_failure = ""  # of a solve, for messages
         self.logged = (0, 0.0)  # step and seconds of the last line
@@ -205,8 +208,10 @@ class Trainer:
                 break
             for name, value in {"loss": loss.detach(), **parts}.items():
                 sums[name] = sums.get(name, 0) + value / len(mine)
+        self.updating = True
         norm = self._apply()
         self.step_number += 1
+        self.updating = False
         return sums | {"gradient_norm": norm}
 
     def _apply(self) -> Tensor:
@@ -241,31 +246,47 @@ class Trainer:
         return self.progress >= 1
 
     def advance(self) -> dict[str, float] | None:
-        """A step, with the log line and the checkpoint when they are due; returns the line."""
+        """A step, with the log line and the checkpoint when they are due; returns the line.
+
+        Where memory runs out in a step's passes, the state before that step is saved first.
+        """
         started = time.perf_counter()
-        metrics = self.step()
+        try:
+            metrics, before = self.step(), self.seconds
+        except Exception as error:
+            if runtime.out_of_memory(error) and not self.updating:
+                self.save_if_new()
+            raise
+        self.seconds = before + time.perf_counter() - started
         row = None
         if self.step_number % self.train.log_every == 0 or self.finished:
             row = {name: float(value) for name, value in metrics.items()}  # waits for the device
-        self.seconds += time.perf_counter() - started
-        if row is not None:
+            self.seconds = before + time.perf_counter() - started
             self._log(row)
         every = self.train.evaluate_every
-        due = bool(every) and (self.step_number % every == 0 or self.finished)
-        if due and self.test is not None and self.rank == 0:
-            bits = evaluate.level_bits(self.finished_level(), self.test)
-            mean, error = evaluate.mean_and_error(bits, None)
-            row_of_test = {"test_bpd": mean, "test_bpd_stderr": error, "seconds": self.seconds}
-            self.metrics.write(self.step_number, row_of_test)
+        if every and self.test is not None and (self.step_number % every == 0 or self.finished):
+            self._evaluate(self.test)
         if self.step_number % self.train.checkpoint_every == 0 or self.finished:
             self.save()
         return row
 
-    def run(self, *, progress: bool = True, stop: Callable[[], bool] = lambda: False) -> None:
-        """Train to the last step or until `stop()`, and leave a checkpoint.
+    def _evaluate(self, test: Tensor) -> None:
+        """Note the bits of the averaged weights on test images; a failed solve decides nothing."""
+        row = {"seconds": self.seconds}
+        try:
+            bits = evaluate.level_bits(self.finished_level(), test)
+        except SolverError as error:
+            if self.world > 1:
+                raise  # the other processes wait for this one's share
+            self.last_failure = str(error)
+            row["test_failed"] = 1.0
+        else:
+            row["test_bpd"], row["test_bpd_stderr"] = evaluate.mean_and_error(bits, None)
+        if self.rank == 0:
+            self.metrics.write(self.step_number, row)
 
-        Where memory runs out in a step, the state before that step is saved first.
-        """
+    def run(self, *, progress: bool = True, stop: Callable[[], bool] = lambda: False) -> None:
+        """Train to the last step or until `stop()`, and leave a checkpoint."""
         bar = tqdm(
             total=None if self.train.minutes else self.train.steps,
             initial=self.step_number,
@@ -277,12 +298,7 @@ class Trainer:
         )
         with bar:
             while not self.finished and not stop():
-                try:
-                    row = self.advance()
-                except Exception as error:
-                    if runtime.out_of_memory(error):
-                        self.save_if_new()
-                    raise
+                row = self.advance()
                 bar.update()
                 if row is not None:
                     rate, loss = row["images_per_s"], row["loss"]
@@ -311,7 +327,6 @@ class Trainer:
         tensors |= {f"average.{i}": average for i, average in enumerate(self.average)}
         tensors |= self.optimizer.state_dict()
         tensors["skipped"] = self.skipped
-        self.saved_step = self.step_number
         progress = {"step": self.step_number, "seconds": self.seconds, "data": self.data_hash}
         extra = {
             **progress,
@@ -332,6 +347,7 @@ class Trainer:
         checkpoint.write_tensors(state, tensors, {**progress, "config": to_table(self.config)})
         if first:
             checkpoint.save_level(self.folder, self.level, weights, extra)
+        self.saved_step = self.step_number
 
     def _averaged_state(self) -> dict[str, Tensor]:
         state = dict(self.level.state_dict())
@@ -364,7 +380,7 @@ class Trainer:
                 average.copy_(tensors[f"average.{i}"])
             self.optimizer.load_state_dict(tensors)
         except (RuntimeError, KeyError) as error:
-            raise UserError(f"{path} is a checkpoint of another model: {error}") from None
+            raise UserError(f"{path} does not fit this configuration: {error}") from None
         self.skipped = tensors["skipped"].to(self.device)
         self.skipped[1:] = 0  # in a row: a resumed run may have been given a remedy
         self.step_number, self.seconds = metadata["step"], metadata["seconds"]
@@ -412,10 +428,6 @@ class Trainer:
 def _schedule(train: TrainConfig) -> Schedule:
     falls = train.schedule == "cosine"
     return Schedule(train.learning_rate, train.warmup, train.steps, train.minutes, falls)
-
-
-def _evaluates(config: Config) -> bool:
-    return any(config.at_level(r).train.evaluate_every for r in config.model.resolutions)
 
 
 def _refuse_used(folder: Path, resume: bool) -> None:

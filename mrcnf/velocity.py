@@ -187,6 +187,9 @@ class PaperField(Field):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 
+    def hidden_weights(self) -> list[nn.Parameter]:
+        return [layer.weight for layer in self.layers[1:-1]]  # type: ignore[misc]
+
     def run(self, t: Tensor, stack: Stack, context: Tensor | None) -> Stack:
         y, tangents = stack
         n, clock = len(y), t.reshape(-1, 1, 1, 1).to(y.dtype)
@@ -335,7 +338,7 @@ class _Attention(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = max(1, width // 64)
+        self.heads = next(h for h in range(max(1, width // 64), 0, -1) if width % h == 0)
         self.inner = Conv(width, 3 * width, 1)
         self.outer = Conv(width, width, 1)
         with torch.no_grad():

@@ -167,6 +167,15 @@ def test_a_folder_below_a_file_cannot_be_made(tmp_path):
     assert "choose another place" in refused(path, lambda: writing.write(path, "new"))
 
 
+def test_a_level_alone_counts_the_grown_models_pixels(tmp_path):
+    trained(tmp_path / "run", "model.resolutions=[2]", level=2, data=images(side=2))
+    trained(tmp_path / "run", "model.resolutions=[2, 4]", level=4)
+    whole = checkpoint.load(tmp_path / "run")
+    alone = checkpoint.load_level(tmp_path / "run", 2)
+    assert alone.model == whole.level(2).model and alone.model.finest == 4
+    assert same(alone.state_dict(), whole.level(2).state_dict())
+
+
 def test_levels_from_different_folders_make_the_same_model(finished, tmp_path):
     original = mrcnf.load(finished)
     parts = [tmp_path / "a", tmp_path / "b"]

@@ -54,6 +54,14 @@ def test_the_loss_curve_passes_over_the_test_rows(runs, tmp_path):
     assert read_image(tmp_path / "loss.png").dtype == torch.uint8
 
 
+def test_a_line_that_a_kill_cut_short_is_passed_over(tmp_path):
+    trained(tmp_path / "run", level=4)
+    log_file = tmp_path / "run/level-4/metrics.jsonl"
+    whole = log.read(tmp_path / "run/level-4")
+    log_file.write_text(log_file.read_text() + '{"step": 5, "lo')
+    assert log.read(tmp_path / "run/level-4") == whole
+
+
 def test_a_missing_configuration_is_named(tmp_path):
     trained(tmp_path / "run", level=4)
     (tmp_path / "run/level-4/config.toml").unlink()

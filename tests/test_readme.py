@@ -26,14 +26,13 @@ def tiny_run(tmp_path_factory):
     pixels = torch.randint(0, 256, (8, 1, 32, 32), dtype=torch.uint8)
     table = {
         "field": {"width": 4, "depth": 1},
-        "train": {"steps": 1, "batch": 4},
+        "train": {"steps": 1, "batch": 4, "evaluate_every": 1},
         "solver": {"steps": 2},
     }
     for resolution in (8, 16, 32):
         images = Images(pixels, "noise", "train")
-        train.Trainer(from_table(table), resolution, images, folder / "runs/demo").run(
-            progress=False
-        )
+        run = folder / "runs/demo"
+        train.Trainer(from_table(table), resolution, images, run, test=images).run(progress=False)
     return folder
 
 

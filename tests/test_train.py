@@ -248,11 +248,22 @@ def test_the_curve_on_test_images_changes_nothing_else(tmp_path):
     assert [row for row in rows if "loss" in row] == metrics(plain, 4)
 
 
+def test_a_failed_solve_on_test_images_decides_nothing(tmp_path):
+    settings = tiny("train.evaluate_every=2", "solver.steps=0", "solver.method=dopri5",
+                    "solver.max_evaluations=2")  # fmt: skip
+    trainer = train.Trainer(settings, 4, images(), tmp_path / "run", test=images(seed=1))
+    trainer.run(progress=False)
+    failed = [row["step"] for row in metrics(tmp_path / "run", 4) if "test_failed" in row]
+    assert failed == [2, 4]
+    assert same(weights(tmp_path / "run", 4), weights(trained(tmp_path / "plain", level=4), 4))
+
+
 @pytest.mark.slow
 def test_two_processes_are_two_micro_batches(recipe, tmp_path):
-    short = ["train.micro_batches=2", "train.steps=20", "train.batch=8"]
+    short = ["train.micro_batches=2", "train.steps=20", "train.batch=8", "train.evaluate_every=10"]
     settings = config.load(recipe.path, short)
-    train.Trainer(settings, 4, recipe.data, tmp_path / "one").run(progress=False)
+    test = train.load_images(settings.data, settings.model, "test")
+    train.Trainer(settings, 4, recipe.data, tmp_path / "one", test=test).run(progress=False)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
                 "--standalone", *command(recipe.path, tmp_path / "two")[1:]]  # fmt: skip
     subprocess.run([*torchrun, "--level", "4", *short], check=True, timeout=240,
@@ -260,6 +271,11 @@ def test_two_processes_are_two_micro_batches(recipe, tmp_path):
     one, two = weights(tmp_path / "one", 4), weights(tmp_path / "two", 4)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6)
+    curves = [
+        [row["test_bpd"] for row in metrics(tmp_path / run, 4) if "test_bpd" in row]
+        for run in ("one", "two")
+    ]
+    assert len(curves[0]) == 2 and curves[1] == pytest.approx(curves[0], rel=1e-4)
     longer = config.override(config.to_table(settings), ["train.steps=24"])
     for run in ("one", "two"):  # and one process goes on with what two have saved
         trainer = train.Trainer(
@@ -451,6 +467,26 @@ def test_unfit_settings_are_refused_and_nothing_is_written(tmp_path, setting, wo
 
 
 # The recipe
+
+
+def test_compiling_without_a_compiler_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="C\\+\\+ compiler"):
+        trainer_of(tmp_path / "run", "train.compile=true")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("shape", ["scales=1", "scales=2"])
+def test_compiling_changes_no_more_than_rounding(tmp_path, shape):
+    flags = (f"field.{shape}", "field.attention=true", "train.objective=flow-matching")
+    plain = trained(tmp_path / "plain", *flags, level=4)
+    fast = trained(tmp_path / "fast", *flags, "train.compile=true", level=4)
+    one, other = weights(plain, 4), weights(fast, 4)
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])

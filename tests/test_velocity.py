@@ -64,6 +64,12 @@ def test_the_papers_field_concatenates_time_and_coarse_image(name, t):
     torch.testing.assert_close(field(t, y, coarse), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("width", [6, 100, 130])
+def test_heads_divide_any_width(width):
+    field = ResidualField(2, width=width, depth=1, attention=True)
+    assert field(torch.tensor(0.5), torch.randn(1, 2, 2, 2)).shape == (1, 2, 2, 2)
+
+
 def test_a_new_paper_field_stands_still():
     field = PaperField(3, 3)
     y, coarse = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
