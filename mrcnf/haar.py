@@ -123,6 +123,23 @@ def unlift(detail: Tensor, coarse: Tensor) -> Tensor:
     return _interleave(*_unlift_pair(top, top_step), *_unlift_pair(bottom, bottom_step))
 
 
+def contain(x: Tensor, coarse: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Shrink each 2×2 patch of x towards its mean until it lies in [low, high].
+
+    Clamping would move the mean; this keeps it.
+
+    Args:
+        x: (N, C, H, W).
+        coarse: (N, C, H/2, W/2), the means of x's patches, themselves in [low, high].
+    """
+    mean = coarse.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    deviation = x - mean
+    room = torch.where(deviation > 0, high - mean, mean - low)
+    fits = torch.where(deviation == 0, 1.0, room / deviation.abs()).clamp(0, 1)
+    least = -torch.nn.functional.max_pool2d(-fits, 2)
+    return mean + deviation * least.repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+
 def _lift_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     difference = a - b
     return b + (difference >> 1), difference

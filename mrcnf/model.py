@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mrcnf import pixels
+from mrcnf import haar, pixels
 from mrcnf.errors import UserError
 from mrcnf.flow import Trace
 from mrcnf.level import Level, LevelLikelihood, likelihoods
@@ -153,7 +153,9 @@ class MultiResolutionFlow(nn.Module):
         generator: torch.Generator | None = None,
         solver: Solver | None = None,
     ) -> Tensor:
-        """Draw the finest image of which each given one is the average.
+        """Draw the finest image of which each given one is the average, to rounding.
+
+        Details that leave the range of pixels are shrunk, patch by patch, until they fit.
 
         Args:
             images: uint8 (N, C, r, r) at any level's resolution r.
@@ -171,7 +173,8 @@ class MultiResolutionFlow(nn.Module):
             return images.clone()
         cells = 2**self.config.nbits
         x = ((images >> (8 - self.config.nbits)).to(self.level(h).mean) + 0.5) / cells
-        return self._quantise(self._grow(len(images), x, temperature, generator, solver)[-1])
+        grown = self._grow(len(images), x, temperature, generator, solver, contain=True)
+        return self._quantise(grown[-1])
 
     @torch.no_grad()
     def encode(
@@ -240,6 +243,7 @@ class MultiResolutionFlow(nn.Module):
         temperature: float | Mapping[int, float],
         generator: torch.Generator | None,
         solver: Solver | None,
+        contain: bool = False,
     ) -> list[Tensor]:
         """Images of every level above x (all levels without x), coarsest first."""
         images = []
@@ -252,7 +256,8 @@ class MultiResolutionFlow(nn.Module):
             latent = scale * torch.randn(
                 n, *level.shape, generator=generator, device=self.device, dtype=level.mean.dtype
             )
-            x = level.generate(latent, x, solver)
+            finer = level.generate(latent, x, solver)
+            x = haar.contain(finer, x) if contain and x is not None else finer
             images.append(x)
         return images
 

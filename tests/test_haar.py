@@ -195,3 +195,23 @@ def test_lifted_details_are_the_scaled_details():
 def test_lift_refuses_what_cannot_hold_differences(dtype):
     with pytest.raises(UserError, match="signed integers"):
         haar.lift(torch.zeros(1, 1, 2, 2, dtype=dtype))
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([0.1, 1.0, 30.0]))
+def test_contained_patches_keep_their_means_and_what_fits(seed, size):
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(2, 3, 4, 4, generator=generator, dtype=torch.float64)
+    coarse[0, 0, 0, :2] = torch.tensor([0.0, 1.0])
+    detail = size * torch.randn(2, 9, 4, 4, generator=generator, dtype=torch.float64)
+    detail[1, :, 0, 0] = 0
+    x = haar.merge(detail, coarse)
+    held = haar.contain(x, coarse)
+    assert held.min() >= -1e-12 and held.max() <= 1 + 1e-12
+    torch.testing.assert_close(haar.split(held)[1], coarse, rtol=0, atol=1e-12)
+    # A patch that fits is left alone; one that does not touches an end.
+    patches, before = (v.unfold(2, 2, 2).unfold(3, 2, 2).flatten(-2) for v in (held, x))
+    fits = ((before >= 0) & (before <= 1)).all(-1)
+    torch.testing.assert_close(patches[fits], before[fits], rtol=0, atol=1e-12)
+    touching = ((patches < 1e-9) | (patches > 1 - 1e-9)).any(-1)
+    assert touching[~fits].all()

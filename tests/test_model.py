@@ -261,6 +261,14 @@ def test_upscaled_images_average_back(resolutions, small):
     assert big.double().std((2, 3)).min() > 1
 
 
+def test_upscaled_images_average_back_where_details_overshoot():
+    model = build((2, 4, 8), channels=3)
+    x = torch.randint(0, 256, (8, 3, 2, 2), dtype=torch.uint8)
+    big = model.upscale(x, generator=seeded())
+    assert big.min() == 0 and big.max() == 255
+    assert (haar.reduce(big.double(), 2) - x).abs().max() <= 0.5
+
+
 def test_upscaling_the_finest_images_changes_nothing():
     model = build()
     x = images(2, model.config)
