@@ -319,8 +319,10 @@ def extended_config(
             "resolution; only models with uniform dequantisation can be extended"
         )
     levels = json.dumps([*model.resolutions, resolution])
-    # The finest level's own starting weights are none for the new level.
-    return finest_config(run, [f"model.resolutions={levels}", "train.init=", *overrides])
+    # The finest level's starting weights are none for the new level, and other images may have no
+    # test split for a curve.
+    own = [f"model.resolutions={levels}", "train.init=", "train.evaluate_every=0"]
+    return finest_config(run, [*own, *overrides])
 
 
 def _metadata(path: Path) -> dict[str, Any]:

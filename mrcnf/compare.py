@@ -25,9 +25,9 @@ class Row:
     parameters: int
     step: int
     minutes: float
-    bpd: tuple[float, float] | None
-    """The last `test_bpd` of metrics.jsonl and its standard error; None without
-    train.evaluate_every."""
+    bpd: float | None
+    """The last `test_bpd` of metrics.jsonl; None without train.evaluate_every."""
+    bpd_stderr: float | None
     settings: dict[str, Any]
     """What this level's configuration has otherwise than the first run's."""
 
@@ -47,7 +47,7 @@ def compare(runs: Sequence[Path | str]) -> list[Row]:
             folder = checkpoint.level_folder(run, resolution)
             settings = _settings(folder / "config.toml") | {"data.sha256": metadata["data"][:12]}
             base = first.setdefault(resolution, settings)
-            curve = metrics.read_curve(folder)
+            last = (metrics.read_curve(folder) or [{}])[-1]
             rows.append(
                 Row(
                     run=run,
@@ -55,7 +55,8 @@ def compare(runs: Sequence[Path | str]) -> list[Row]:
                     parameters=metadata["parameters"],
                     step=metadata["step"],
                     minutes=metadata["seconds"] / 60,
-                    bpd=(curve[-1]["test_bpd"], curve[-1]["test_bpd_stderr"]) if curve else None,
+                    bpd=last.get("test_bpd"),
+                    bpd_stderr=last.get("test_bpd_stderr"),
                     settings={k: v for k, v in settings.items() if base.get(k) != v},
                 )
             )
@@ -69,7 +70,8 @@ def table(rows: Sequence[Row]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        bpd = "{:.4f} ± {:.4f}".format(*row.bpd) if row.bpd else ""
+        bpd = "" if row.bpd is None else f"{row.bpd:.4f}"
+        bpd += "" if row.bpd_stderr is None else f" ± {row.bpd_stderr:.4f}"
         differs = ", ".join(f"{key} = {value}" for key, value in row.settings.items())
         lines.append(
             f"| {row.run.name} | {row.resolution} | {row.parameters:,} | {row.step:,} | "

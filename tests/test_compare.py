@@ -28,7 +28,7 @@ def test_rows_say_what_differs_and_what_it_gave(runs):
     ]  # fmt: skip
     assert [row.settings for row in rows] == [{}, {"train.beta2": 0.5}] * 2
     last = log.read_curve(runs[1] / "level-4")[-1]
-    assert rows[3].bpd == (last["test_bpd"], last["test_bpd_stderr"])
+    assert (rows[3].bpd, rows[3].bpd_stderr) == (last["test_bpd"], last["test_bpd_stderr"])
     assert {row.step for row in rows} == {4} and all(row.minutes > 0 for row in rows)
     text = compare.table(rows)
     assert f"| b | 4 | {rows[3].parameters:,} | 4 |" in text and "train.beta2 = 0.5 |" in text
