@@ -77,13 +77,13 @@ class FieldConfig:
     """Channels of the hidden layers."""
     depth: int = 4
     """Residual blocks (the paper's field has a fixed depth)."""
+    blocks: int = 1
+    """Fields in sequence, each over its own t ∈ [0, 1]; flow matching takes 1."""
     scales: int = 1
     """More make the residual field a U: `depth` blocks at each scale on the way down and again on
     the way up, each scale twice as wide on half the side."""
     attention: bool = False
     """Self-attention after each block of the residual field's smallest scale."""
-    blocks: int = 1
-    """Fields in sequence, each over its own t ∈ [0, 1]; flow matching takes 1."""
 
     def __post_init__(self) -> None:
         if self.kind not in velocity.FIELDS:
