@@ -28,6 +28,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mrcnf import config as configuration
+from mrcnf import metrics
 from mrcnf.errors import UserError
 from mrcnf.files import write
 from mrcnf.flow import Trace
@@ -36,6 +37,7 @@ from mrcnf.model import MultiResolutionFlow
 from mrcnf.solve import Solver
 
 WEIGHTS, STATE, PREVIOUS = "weights.safetensors", "state.safetensors", "state.previous.safetensors"
+CONFIG = "config.toml"
 FORMAT = "mrcnf-1"
 
 
@@ -153,10 +155,7 @@ def load_level(
     run: Path | str, resolution: int, device: torch.device | str = "cpu"
 ) -> Level:
     """Open one trained level of a run that may lack the others, in eval mode."""
-    folders = find_levels(run)
-    if resolution not in folders:
-        raise UserError(f"{run} has no level {resolution}: its levels are {list(folders)}")
-    path = folders[resolution] / WEIGHTS
+    path = _weights_of(run, resolution)
     tensors, metadata = _read_level(path)
     # Bits are per dimension of the finest image that any level of the run was made for.
     resolutions = {r for other in describe(run).values() for r in other["model"]["resolutions"]}
@@ -183,10 +182,7 @@ def load_weights(run: Path | str, level: Level) -> None:
     Raises:
         UserError: the run has no such level, or one of another field or model.
     """
-    folders = find_levels(run)
-    if level.resolution not in folders:
-        raise UserError(f"{run} has no level {level.resolution}: its levels are {list(folders)}")
-    path = folders[level.resolution] / WEIGHTS
+    path = _weights_of(run, level.resolution)
     tensors, metadata = _read_level(path)
     ours = {"field": dataclasses.asdict(level.field), **dataclasses.asdict(level.model)}
     theirs = {"field": metadata["field"], **metadata["model"]}
@@ -199,6 +195,13 @@ def load_weights(run: Path | str, level: Level) -> None:
                 f"not {ours[key]!r}"
             )
     _fill(level, tensors, path)
+
+
+def _weights_of(run: Path | str, resolution: int) -> Path:
+    folders = find_levels(run)
+    if resolution not in folders:
+        raise UserError(f"{run} has no level {resolution}: its levels are {list(folders)}")
+    return folders[resolution] / WEIGHTS
 
 
 def _read_level(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -286,13 +289,13 @@ def _halved(path: Path, level: Level) -> dict[str, Tensor]:
 
 def _all_but_notes(_: str, names: list[str]) -> set[str]:
     """What of a level's folder a copy for use leaves out, or writes anew."""
-    return set(names) - {"config.toml", "metrics.jsonl"}
+    return set(names) - {CONFIG, metrics.FILE}
 
 
 def finest_config(run: Path | str, overrides: Sequence[str] = ()) -> configuration.Config:
     """The resolved configuration of a run's finest level, with overrides."""
     finest = max(find_levels(run))
-    return configuration.load(level_folder(Path(run), finest) / "config.toml", overrides)
+    return configuration.load(level_folder(Path(run), finest) / CONFIG, overrides)
 
 
 def extended_config(
@@ -302,7 +305,7 @@ def extended_config(
 
     With `resume`, that of the level as it was begun in `out`, if it was.
     """
-    begun = level_folder(out, resolution) / "config.toml"
+    begun = level_folder(out, resolution) / CONFIG
     if begun.exists() and resume:
         return configuration.load(begun, overrides)
     if resolution in find_levels(run):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mrcnf import checkpoint, metrics
+from mrcnf import checkpoint, config, metrics
 from mrcnf.errors import UserError
 
 # Where a run lies, what it is called, how long it goes and how it is watched: no difference.
@@ -45,7 +44,8 @@ def compare(runs: Sequence[Path | str]) -> list[Row]:
     for run in map(Path, runs):
         for resolution, metadata in checkpoint.describe(run).items():
             folder = checkpoint.level_folder(run, resolution)
-            settings = _settings(folder / "config.toml") | {"data.sha256": metadata["data"][:12]}
+            settings = _settings(folder / checkpoint.CONFIG)
+            settings["data.sha256"] = metadata["data"][:12]
             base = first.setdefault(resolution, settings)
             last = (metrics.read_curve(folder) or [{}])[-1]
             rows.append(
@@ -82,11 +82,8 @@ def table(rows: Sequence[Row]) -> str:
 
 def _settings(path: Path) -> dict[str, Any]:
     """A level's configuration as dotted keys."""
-    try:
-        nested = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"cannot read the configuration {path}: {error}") from None
-    return {key: value for key, value in _dotted(nested) if key not in _ASIDE}
+    pairs = _dotted(config.to_table(config.load(path)))
+    return {key: value for key, value in pairs if key not in _ASIDE}
 
 
 def _dotted(nested: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

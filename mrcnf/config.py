@@ -90,8 +90,8 @@ class TrainConfig:
     precision: str = "float32"
     """float32, or bfloat16 inside the network (state and trace stay float32)."""
     compile: bool = False
-    """Compile the network with torch.compile: nearly twice as fast on a CPU after a minute, which
-    needs a C++ compiler."""
+    """Compile the network with torch.compile, which takes a minute first; on a CPU it needs a C++
+    compiler."""
     seed: int = 0
     device: str = "auto"
     """auto (CUDA if there is one), cpu, cuda, cuda:1, …"""

@@ -164,7 +164,6 @@ class Trainer:
         hidden = self.level.flow.hidden_weights() if self.train.optimizer == "muon" else []
         self.optimizer = Optimizer(self.parameters, hidden, self.train.beta2)
         self.step_number, self.saved_step = 0, -1
-        self.updating = False  # within an update, weights are of no step
         self.seconds = 0.0
         self.last_failure = ""  # of a solve, for messages
         self.logged = (0, 0.0)  # step and seconds of the last line
@@ -177,7 +176,7 @@ class Trainer:
             self._restore(found)
         if self.rank == 0:
             head = f"# trained on images with sha256 {self.data_hash}\n"
-            files.write(self.folder / "config.toml", head + to_toml(self.config))
+            files.write(self.folder / checkpoint.CONFIG, head + to_toml(self.config))
             self.metrics = Metrics(self.folder, self.train.tensorboard)
             self.metrics.rewind(self.step_number)
 
@@ -206,12 +205,14 @@ class Trainer:
                 for parameter in self.parameters:  # so that the step is skipped and counted
                     parameter.grad = torch.full_like(parameter, math.nan)
                 break
+            except (RuntimeError, MemoryError) as error:
+                if runtime.out_of_memory(error):
+                    self.save_if_new()  # nothing has been updated yet
+                raise
             for name, value in {"loss": loss.detach(), **parts}.items():
                 sums[name] = sums.get(name, 0) + value / len(mine)
-        self.updating = True
         norm = self._apply()
         self.step_number += 1
-        self.updating = False
         return sums | {"gradient_norm": norm}
 
     def _apply(self) -> Tensor:
@@ -246,17 +247,9 @@ class Trainer:
         return self.progress >= 1
 
     def advance(self) -> dict[str, float] | None:
-        """A step, with the log line and the checkpoint when they are due; returns the line.
-
-        Where memory runs out in a step's passes, the state before that step is saved first.
-        """
+        """A step, with the log line and the checkpoint when they are due; returns the line."""
         started = time.perf_counter()
-        try:
-            metrics, before = self.step(), self.seconds
-        except Exception as error:
-            if runtime.out_of_memory(error) and not self.updating:
-                self.save_if_new()
-            raise
+        metrics, before = self.step(), self.seconds
         self.seconds = before + time.perf_counter() - started
         row = None
         if self.step_number % self.train.log_every == 0 or self.finished:

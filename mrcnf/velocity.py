@@ -312,7 +312,7 @@ class ResidualField(Field):
                 hidden = wide.linear(lambda x: F.interpolate(x, scale_factor=2)).add(skipped.pop())
             now = self.plan[i]
             if maps:
-                shift = shift + F.avg_pool2d(maps[i], 2**now)
+                shift = shift + (F.avg_pool2d(maps[i], 2**now) if now else maps[i])
             hidden = self.blocks[i](hidden, 1 + scale, shift)
             if now == self.smallest and self.attention:
                 hidden = next(attention)(hidden)
