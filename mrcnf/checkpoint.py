@@ -188,7 +188,8 @@ def load_weights(run: Path | str, level: Level) -> None:
     theirs = {"field": metadata["field"], **metadata["model"]}
     ours["base level"] = level.is_base
     theirs["base level"] = theirs["resolutions"][0] == metadata["resolution"]
-    for key in ("field", "channels", "nbits", "dequantisation", "whiten", "base", "base level"):
+    for key in ("field", "channels", "nbits", "pyramid", "dequantisation", "whiten", "base",
+                "base level"):  # fmt: skip
         if theirs[key] != ours[key]:
             raise UserError(
                 f"{path} cannot supply the starting weights: its {key} is {theirs[key]!r}, "
@@ -316,10 +317,11 @@ def extended_config(
             f"the finest level of {run} is {model.finest}: extend it to {2 * model.finest}, "
             f"not {resolution}"
         )
-    if model.dequantisation == "gaussian":
+    if model.dequantisation == "gaussian" and model.pyramid == "exact":
         raise UserError(
             f"{run} was trained with Gaussian dequantisation, whose noise is tied to the finest "
-            "resolution; only models with uniform dequantisation can be extended"
+            "resolution; only models with uniform dequantisation, or of integers "
+            "(model.pyramid), can be extended"
         )
     levels = json.dumps([*model.resolutions, resolution])
     # The finest level's starting weights are none for the new level, and other images may have no
@@ -343,7 +345,7 @@ def _common_model(found: dict[Path, dict[str, Any]]) -> ModelConfig:
     base = min(metadata["model"]["resolutions"][0] for metadata in found.values())
     for path, metadata in found.items():
         theirs = metadata["model"]
-        for key in ("channels", "nbits", "dequantisation", "base"):
+        for key in ("channels", "nbits", "pyramid", "dequantisation", "base"):
             if theirs[key] != first["model"][key]:
                 raise UserError(
                     f"{path} belongs to another model than {first_path}: {key} is {theirs[key]!r}, "

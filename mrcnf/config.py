@@ -62,6 +62,8 @@ class TrainConfig:
     """Peak learning rate."""
     beta2: float = 0.99
     """Decay per step of Adam's second moment."""
+    weight_decay: float = 0.3
+    """Shrinking of the weights that Muon trains, per step and unit of learning rate."""
     schedule: str = "cosine"
     """cosine (falls to 0 at the last step) or constant, both after the warm-up."""
     warmup: int = 100
@@ -121,7 +123,7 @@ class TrainConfig:
         for name in ("ema", "beta2", "steer"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"train.{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("minutes", "evaluate_every"):
+        for name in ("minutes", "evaluate_every", "weight_decay"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} must not be negative, got {getattr(self, name)}")
         if self.evaluate_images < 2:
@@ -175,6 +177,14 @@ class Config:
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     level: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Tables by resolution that replace entries of the sections above."""
+
+    def __post_init__(self) -> None:
+        train, learned = self.train, self.model.dequantisation == "variational"
+        if learned and train.objective == "flow-matching" and train.times != "likelihood":
+            raise UserError(
+                "model.dequantisation = variational is trained on the evidence lower bound; "
+                "set train.times = likelihood"
+            )
 
     def at_level(self, resolution: int) -> Config:
         """The configuration of one level: its own table merged in, other levels' left out."""

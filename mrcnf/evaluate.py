@@ -243,7 +243,7 @@ def _bits(
         for draw in range(draws):
             generator = _generator(device, seed, b, draw)
             x, log_q = pixels.dequantise(
-                chunk.to(device), nbits=model.nbits, kind=model.dequantisation, generator=generator
+                chunk.to(device), nbits=model.nbits, kind=model.pixel_noise, generator=generator
             )
             parts = likelihoods(
                 levels, x, log_q, generator=generator, solver=solver, trace=trace

@@ -40,7 +40,7 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
     >>> coarse.item(), [round(v * SCALE, 3) for v in detail.flatten().tolist()]
     (3.0, [-6.0, -4.0, 2.0])
     """
-    x1, x2, x3, x4 = _patches(_floating(x))
+    x1, x2, x3, x4 = patches(_floating(x))
     top, bottom = x1 + x2, x3 + x4
     top_step, bottom_step = x1 - x2, x3 - x4
     bands = (top - bottom, top_step + bottom_step, top_step - bottom_step)
@@ -57,8 +57,9 @@ def merge(detail: Tensor, coarse: Tensor) -> Tensor:
     rows, columns, diagonal = (detail * (SCALE / 4)).chunk(3, dim=1)
     top, bottom = coarse + rows, coarse - rows
     top_step, bottom_step = columns + diagonal, columns - diagonal
-    patches = (top + top_step, top - top_step, bottom + bottom_step, bottom - bottom_step)
-    return _interleave(*patches)
+    return interleave(
+        top + top_step, top - top_step, bottom + bottom_step, bottom - bottom_step
+    )
 
 
 def pyramid(x: Tensor, levels: int) -> tuple[list[Tensor], Tensor]:
@@ -84,7 +85,7 @@ def reduce(x: Tensor, times: int = 1) -> Tensor:
     """
     x = _floating(x)
     for _ in range(times):
-        x1, x2, x3, x4 = _patches(x)
+        x1, x2, x3, x4 = patches(x)
         x = ((x1 + x2) + (x3 + x4)) / 4
     return x
 
@@ -106,7 +107,7 @@ def lift(x: Tensor) -> tuple[Tensor, Tensor]:
         raise UserError(
             f"haar.lift needs signed integers, got {x.dtype}; use images.to(torch.int32)"
         )
-    x1, x2, x3, x4 = _patches(x)
+    x1, x2, x3, x4 = patches(x)
     top, top_step = _lift_pair(x1, x2)
     bottom, bottom_step = _lift_pair(x3, x4)
     coarse, rows = _lift_pair(top, bottom)
@@ -120,7 +121,7 @@ def unlift(detail: Tensor, coarse: Tensor) -> Tensor:
     rows, columns, diagonal = detail.chunk(3, dim=1)
     top, bottom = _unlift_pair(coarse, rows)
     top_step, bottom_step = _unlift_pair(columns, diagonal)
-    return _interleave(*_unlift_pair(top, top_step), *_unlift_pair(bottom, bottom_step))
+    return interleave(*_unlift_pair(top, top_step), *_unlift_pair(bottom, bottom_step))
 
 
 def contain(x: Tensor, coarse: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -170,7 +171,7 @@ def _check_pair(name: str, detail: Tensor, coarse: Tensor) -> None:
         )
 
 
-def _patches(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def patches(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Top-left, top-right, bottom-left and bottom-right pixels of every 2×2 patch."""
     _, _, h, w = _shape(x)
     if h % 2 or w % 2 or not h or not w:
@@ -180,7 +181,8 @@ def _patches(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[..., ::2, ::2], x[..., ::2, 1::2], x[..., 1::2, ::2], x[..., 1::2, 1::2]
 
 
-def _interleave(x1: Tensor, x2: Tensor, x3: Tensor, x4: Tensor) -> Tensor:
+def interleave(x1: Tensor, x2: Tensor, x3: Tensor, x4: Tensor) -> Tensor:
+    """The inverse of `patches`."""
     top, bottom = torch.stack((x1, x2), dim=-1), torch.stack((x3, x4), dim=-1)
     n, c, h, w = x1.shape
     return torch.stack((top, bottom), dim=-3).reshape(n, c, 2 * h, 2 * w)

@@ -14,13 +14,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from mrcnf import haar, pixels, velocity
+from mrcnf import haar, paths, pixels, pyramids, velocity
+from mrcnf.dequantiser import Dequantiser
 from mrcnf.errors import UserError
 from mrcnf.flow import ContinuousFlow, FlowResult, Trace
 from mrcnf.solve import Solver, Statistics
+from mrcnf.stack import mix
 
 LOGIT_ALPHA = 0.05
 BASES = ("affine", "logit")
+DEQUANTISATIONS = (*pixels.KINDS, "variational")
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,10 @@ class ModelConfig:
     """Channels of the images: 1 or 3; 0 takes the data's."""
     nbits: int = 8
     """Bits per pixel and channel that are modelled; fewer drop the low bits."""
+    pyramid: str = "exact"
+    """From an image to a coarser one: exact means, or integer ones, each level by itself."""
     dequantisation: str = "uniform"
-    """Noise in the pixel cells: uniform or gaussian."""
+    """Noise in the cells: uniform, gaussian, or variational (learned, in an integer pyramid)."""
     whiten: bool = True
     """Turn each level's channels to their principal axes before they are scaled to unit variance;
     false scales them as they are."""
@@ -50,13 +55,27 @@ class ModelConfig:
             )
         if not 1 <= self.nbits <= 8:
             raise UserError(f"model.nbits must be from 1 to 8, got {self.nbits}")
-        if self.dequantisation not in pixels.KINDS:
+        if self.pyramid not in pyramids.KINDS:
+            raise UserError(
+                f"model.pyramid {self.pyramid!r}: choose one of {', '.join(pyramids.KINDS)}"
+            )
+        if self.dequantisation not in DEQUANTISATIONS:
             raise UserError(
                 f"model.dequantisation {self.dequantisation!r}: choose one of "
-                f"{', '.join(pixels.KINDS)}"
+                f"{', '.join(DEQUANTISATIONS)}"
+            )
+        if self.dequantisation == "variational" and self.pyramid != "integer":
+            raise UserError(
+                "model.dequantisation = variational gives each level noise of its own; "
+                "set model.pyramid = integer"
             )
         if self.base not in BASES:
             raise UserError(f"model.base {self.base!r}: choose one of {', '.join(BASES)}")
+
+    @property
+    def pixel_noise(self) -> str:
+        """The kind of `pixels.dequantise`: levels bend uniform noise to variational."""
+        return "gaussian" if self.dequantisation == "gaussian" else "uniform"
 
     @property
     def finest(self) -> int:
@@ -84,6 +103,10 @@ class FieldConfig:
     the way up, each scale twice as wide on half the side."""
     attention: bool = False
     """Self-attention after each block of the residual field's smallest scale."""
+    path: str = "straight"
+    """Path from data to noise that flow matching follows: straight or variance-preserving."""
+    lattice: bool = False
+    """Show the residual field where on the lattice of integers each pixel is."""
 
     def __post_init__(self) -> None:
         if self.kind not in velocity.FIELDS:
@@ -92,8 +115,12 @@ class FieldConfig:
             raise UserError(
                 "field.width, field.depth, field.scales and field.blocks must be at least 1"
             )
-        if self.kind == "paper" and (self.scales > 1 or self.attention):
-            raise UserError("field.scales and field.attention are the residual field's alone")
+        if self.path not in paths.PATHS:
+            raise UserError(f"field.path {self.path!r}: choose one of {', '.join(paths.PATHS)}")
+        if self.kind == "paper" and (self.scales > 1 or self.attention or self.lattice):
+            raise UserError(
+                "field.scales, field.attention and field.lattice are the residual field's alone"
+            )
 
 
 class Level(nn.Module):
@@ -112,7 +139,7 @@ class Level(nn.Module):
     std: Tensor
     coarse_mean: Tensor
     coarse_std: Tensor
-    start: Tensor
+    noise: Tensor
 
     def __init__(
         self,
@@ -143,6 +170,11 @@ class Level(nn.Module):
                 f"level {resolution} works on {side}×{side} positions, which cannot be halved "
                 f"{self.field.scales - 1} times; lower field.scales"
             )
+        if self.field.lattice and self._through_logit:
+            raise UserError(
+                f"level {resolution}: a logit bends the lattice of integers; set "
+                "model.base = affine or field.lattice = false there"
+            )
         self.flow = ContinuousFlow(
             [
                 velocity.build(
@@ -153,17 +185,24 @@ class Level(nn.Module):
                     self.field.depth,
                     self.field.scales,
                     self.field.attention,
+                    self.field.path,
+                    self._integers() if self.field.lattice else 0,
                 )
                 for _ in range(self.field.blocks)
             ],
             name=f"level {resolution}",
+        )
+        self.dequantiser = (
+            Dequantiser(channels, coarse_channels)
+            if model.dequantisation == "variational"
+            else None
         )
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("axes", torch.eye(channels))
         self.register_buffer("std", torch.ones(channels, 1, 1))
         self.register_buffer("coarse_mean", torch.zeros(model.channels, 1, 1))
         self.register_buffer("coarse_std", torch.ones(model.channels, 1, 1))
-        self.register_buffer("start", torch.zeros(()))
+        self.register_buffer("noise", torch.zeros(channels, 1, 1))
 
     @property
     def dims(self) -> int:
@@ -175,8 +214,16 @@ class Level(nn.Module):
         x: (N, C, H, W) in density units, H = W = R·2^k (or crops of such, down to 2^k·2).
         """
         times = int(math.log2(self.model.finest // self.resolution))
-        x = haar.reduce(x, times)
-        return (x, None) if self.is_base else haar.split(x)
+        kind, nbits = self.model.pyramid, self.model.nbits
+        x = pyramids.reduce(kind, x, nbits, times)
+        if self.is_base:
+            return x, None
+        detail, coarse = pyramids.split(kind, x, nbits)
+        return detail, pyramids.condition(kind, coarse, nbits)
+
+    def merge(self, detail: Tensor, coarse: Tensor) -> Tensor:
+        """This level's images from its coefficients and coarse images."""
+        return pyramids.merge(self.model.pyramid, detail, coarse, self.model.nbits)
 
     def standardise(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients to flow units y, and log|det| (N,) of that map, in nats.
@@ -184,22 +231,16 @@ class Level(nn.Module):
         y = axes·(values - mean) / std, channel by channel, with orthogonal axes.
         """
         log_det = values.new_zeros(len(values))
-        if self.is_base and self.model.base == "logit":
+        if self._through_logit:
             values, log_det = _logit(values)
         per_channel = math.prod(values.shape[2:])
-        log_det = log_det - per_channel * self.std.log().sum()
-        y = _mix(self.axes, values - self.mean) / self.std
-        if self._starts_late():
-            shrink = 1 - self.start
-            return y * shrink, log_det + math.prod(y.shape[1:]) * shrink.log()
-        return y, log_det
+        y = mix(self.axes, values - self.mean) / self.std
+        return y, log_det - per_channel * self.std.log().sum()
 
     def unstandardise(self, y: Tensor) -> Tensor:
         """The inverse of `standardise`: flow units to coefficients."""
-        if self._starts_late():
-            y = y / (1 - self.start)
-        values = _mix(self.axes.T, y * self.std) + self.mean
-        if self.is_base and self.model.base == "logit":
+        values = mix(self.axes.T, y * self.std) + self.mean
+        if self._through_logit:
             return (values.sigmoid() - LOGIT_ALPHA) / (1 - 2 * LOGIT_ALPHA)
         return values
 
@@ -207,11 +248,33 @@ class Level(nn.Module):
         """The coarse image in the units that the velocity network sees."""
         return None if coarse is None else (coarse - self.coarse_mean) / self.coarse_std
 
+    def prepare(
+        self, x: Tensor, clean: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """What the flow is of: y and its condition, from dequantised images x, and log|det| (N,).
+
+        Args:
+            clean: images to take y from instead, x giving the condition.
+        """
+        values, coarse = self.coefficients(x)
+        if clean is not None:
+            values, _ = self.coefficients(clean)
+        condition = self.condition(coarse)
+        if self.dequantiser is None:
+            y, log_det = self.standardise(values)
+            return y, condition, log_det
+        scale = 2**self.model.nbits
+        integers = (values * scale).floor()
+        seen, _ = self.standardise((integers + 0.5) / scale)
+        noise, log_rise = self.dequantiser(values * scale - integers, seen, condition)
+        y, log_det = self.standardise((integers + noise) / scale)
+        return y, condition, log_det + log_rise
+
     @torch.no_grad()
     def fit_standardisation(self, x: Tensor) -> None:
-        """Set mean, std and start from dequantised training images x."""
+        """Set the units from dequantised training images x, and tell the fields."""
         values, coarse = self.coefficients(x)
-        if self.is_base and self.model.base == "logit":
+        if self._through_logit:
             values, _ = _logit(values)
         if self.model.whiten:
             channels = len(self.axes)
@@ -220,33 +283,64 @@ class Level(nn.Module):
             # Of the two directions of an axis, the one that makes its largest entry positive.
             largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
             self.axes.copy_(axes * largest.sign())
-        self._set_moments(self.mean, self.std, _mix(self.axes, values))
-        self.mean.copy_(_mix(self.axes.T, self.mean[None])[0])
+        self._set_moments(self.mean, self.std, mix(self.axes, values))
+        self.mean.copy_(mix(self.axes.T, self.mean[None])[0])
         if coarse is not None:
             self._set_moments(self.coarse_mean, self.coarse_std, coarse)
-        if self._starts_late():
-            # One noise level for all channels needs one scale for all channels.
-            self.std.fill_(self.std.square().mean().sqrt())
-            sigma = self._noise_std() / self.std.flatten()[0]
-            self.start.copy_(sigma / (1 + sigma))
+        if self.noisy:
+            self.noise.copy_(self._noise_std() / self.std)
+        for i, field in enumerate(self.flow.fields):
+            noise = self.noise if i == 0 else torch.zeros_like(self.noise)
+            field.calibrate(noise, self._cells())  # type: ignore[operator]
 
     @staticmethod
     def _set_moments(mean: Tensor, std: Tensor, values: Tensor) -> None:
         mean.copy_(values.mean((0, 2, 3))[:, None, None])
         std.copy_(values.std((0, 2, 3)).clamp_min(1e-4)[:, None, None])
 
-    def _starts_late(self) -> bool:
-        # Through a logit the dequantisation noise is not additive, so that base starts at 0.
-        return self.model.dequantisation == "gaussian" and not (
-            self.is_base and self.model.base == "logit"
-        )
+    @property
+    def noisy(self) -> bool:
+        """Whether the data are clean coefficients with Gaussian noise, `noise` in flow units.
+
+        Through a logit the noise is not additive: there it is part of the data.
+        """
+        return self.model.dequantisation == "gaussian" and not self._through_logit
+
+    @property
+    def _through_logit(self) -> bool:
+        return self.is_base and self.model.base == "logit"
+
+    def _integers(self) -> int:
+        """How many integers there are at a position: see `_cells`."""
+        if self.is_base:
+            return self.model.channels
+        return self.model.channels * (4 if self.model.pyramid == "exact" else 3)
+
+    def _cells(self) -> Tensor:
+        """The integers at one position from its y, coarse image and 1: see `Field.calibrate`.
+
+        Those are pixels; in the integer pyramid the details are integers themselves. A mean of
+        4^k integers lies on a lattice 4^k times as fine.
+        """
+        size = len(self.mean) + (0 if self.is_base else len(self.coarse_mean))
+        probes = torch.cat((torch.eye(size), torch.zeros(1, size))).to(self.mean)[..., None, None]
+        values = self.unstandardise(probes[:, : len(self.mean)])
+        exact = self.model.pyramid == "exact"
+        if exact and not self.is_base:
+            coarse = probes[:, len(self.mean) :] * self.coarse_std + self.coarse_mean
+            values = haar.merge(values, coarse)
+        per_cell = (self.model.finest // self.resolution) ** 2 if exact else 1
+        cells = (values.flatten(1) * 2**self.model.nbits - 0.5) * per_cell
+        return torch.cat((cells[:-1] - cells[-1], cells[-1:])).T
 
     def _noise_std(self) -> float:
         """Std of this level's share of Gaussian dequantisation noise, in density units.
 
-        Each 2×2 mean halves the std of white noise; a detail is a sum of four, over c.
+        Each exact 2×2 mean halves the std of white noise; a detail is a sum of four, over c.
         """
         pixel = pixels.GAUSSIAN_STD / 2**self.model.nbits
+        if self.model.pyramid == "integer":
+            return pixel
         at_level = pixel * self.resolution / self.model.finest
         return at_level if self.is_base else at_level * 2 / haar.SCALE
 
@@ -261,14 +355,12 @@ class Level(nn.Module):
         generator: torch.Generator | None = None,
     ) -> FlowResult:
         """Log-density of this level's coefficients of images x, as `ContinuousFlow.log_prob`."""
-        values, coarse = self.coefficients(x)
-        y, log_det = self.standardise(values)
+        y, condition, log_det = self.prepare(x)
         result = self.flow.log_prob(
             y,
-            self.condition(coarse),
+            condition,
             solver=solver or self.solver,
             trace=trace or self.trace,
-            start=self.start_time,
             end=end,
             regularise=regularise,
             generator=generator,
@@ -287,11 +379,6 @@ class Level(nn.Module):
             log_density, share * log_q, self.dims, self.model.nbits
         )
 
-    @property
-    def start_time(self) -> float:
-        """The time of the data end: 0, or t_s with Gaussian dequantisation."""
-        return float(self.start) if self._starts_late() else 0.0
-
     def generate(
         self, latent: Tensor, coarse: Tensor | None, solver: Solver | None = None
     ) -> Tensor:
@@ -301,18 +388,14 @@ class Level(nn.Module):
             self.condition(coarse),
             backwards=True,
             solver=solver or self.solver,
-            start=self.start_time,
         )
         values = self.unstandardise(y)
-        return values if coarse is None else haar.merge(values, coarse)
+        return values if coarse is None else self.merge(values, coarse)
 
     def encode(self, x: Tensor, solver: Solver | None = None) -> Tensor:
         """The latent of this level's coefficients of images x."""
-        values, coarse = self.coefficients(x)
-        y, _ = self.standardise(values)
-        return self.flow.transport(
-            y, self.condition(coarse), solver=solver or self.solver, start=self.start_time
-        )
+        y, condition, _ = self.prepare(x)
+        return self.flow.transport(y, condition, solver=solver or self.solver)
 
 
 @dataclass
@@ -344,12 +427,6 @@ def likelihoods(
         bound = level.bound(flow.log_prob, log_q)
         result[level.resolution] = LevelLikelihood(bound, flow.statistics)
     return result
-
-
-def _mix(matrix: Tensor, values: Tensor) -> Tensor:
-    """A matrix (C, C) applied to the channels of (N, C, H, W)."""
-    with torch.autocast(values.device.type, enabled=False):  # coefficients stay exact
-        return torch.einsum("ij,njhw->nihw", matrix.to(values.dtype), values)
 
 
 def _logit(x: Tensor) -> tuple[Tensor, Tensor]:

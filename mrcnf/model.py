@@ -231,7 +231,7 @@ class MultiResolutionFlow(nn.Module):
         return pixels.dequantise(
             images.to(self.device),
             nbits=self.config.nbits,
-            kind=self.config.dequantisation,
+            kind=self.config.pixel_noise,
             generator=generator,
             dtype=self.level(side).mean.dtype,
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mrcnf import pixels
+from mrcnf import paths, pixels
 from mrcnf.errors import UserError
 from mrcnf.flow import Trace
 from mrcnf.level import Level
@@ -76,58 +76,59 @@ def flow_matching(
     times: str = "mixed",
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean squared error of the velocity along straight paths from data to noise.
+    """Mean squared error of the velocity along paths from data to noise.
 
-    y_t = (1-t)·y + t·z, and f(t, y_t) regresses on z - y (Lipman et al. 2023, eq. 23, with
-    the data at t = 0). Its minimiser transports the data's distribution to the normal.
-
-    With Gaussian dequantisation the data are themselves points of such paths, at t = t_s:
-    then `clean`, the images at their cells' centres, supplies y, times start at t_s, and the
-    noisy x supplies the coarse image.
+    y_t = α(t)·y + β(t)·z on the path of the level's field (`paths`), and f(t, y_t) regresses
+    on dy_t/dt: z - y on straight paths (Lipman et al. 2023, eq. 23, with the data at t = 0).
+    Its minimiser transports the data's distribution to the normal.
 
     Args:
         x: dequantised images (N, C, H, W).
-        clean: images at the centres of their cells; needed when the level starts late.
-        times: distribution of t: "uniform"; "log-uniform" down to 1e-3; "mixed", half each; or
-            "likelihood", log-uniform with errors weighted by 1 - t. That makes (1-t)/t dt, the
-            weight of the evidence lower bound (Kingma et al. 2021, in continuous time: half the
-            fall of the signal-to-noise ratio (1-t)²/t², times the squared error t²·|f - v|²).
+        clean: images at the centres of their cells. With Gaussian dequantisation they supply y,
+            as x is y with noise, the paths' points at t = 0; x supplies the coarse image.
+        times: distribution of t: "uniform"; "log-uniform", down to 1e-3; "mixed", half each; or
+            "likelihood", log-uniform with errors weighted as the evidence lower bound does
+            (`Path.likelihood_weight`). Where the data come with noise, log-uniform is its mean
+            over channels plus t.
 
     Returns:
-        the loss, a scalar, and no further parts.
+        the loss, a scalar, and no further parts; with variational dequantisation, whose noise is
+        trained along, the loss is the evidence lower bound, in nats per dimension over
+        log 1000, and `log_det` is the part of it that is not an error of the velocity.
     """
-    values, coarse = level.coefficients(x)
-    start = level.start_time
-    if start:
-        assert clean is not None, "a level that starts late is matched on clean images"
-        values, _ = level.coefficients(clean)
-    y, _ = level.standardise(values)
-    if start:
-        y = y / (1 - start)  # undo the shrinking: y_t below does it
-    t = draw_times(len(y), times, start, y, generator)
+    if level.noisy:
+        assert clean is not None, "Gaussian dequantisation is matched on clean images"
+    y, condition, log_det = level.prepare(x, clean if level.noisy else None)
+    noise = level.noise.mean()
+    t = draw_times(len(y), times, noise, y, generator)
     z = torch.randn(y.shape, generator=generator, device=y.device, dtype=y.dtype)
-    at = t[:, None, None, None]
-    predicted = level.flow.fields[0](t, torch.lerp(y, z, at), level.condition(coarse))
-    errors = (predicted - (z - y)).square()
+    path = paths.at(level.field.path, t[:, None, None, None], level.noise)
+    predicted = level.flow.fields[0](t, path.point(y, z), condition)
+    errors = (predicted - path.velocity(y, z)).square()
     if times == "likelihood":
-        errors = errors * (1 - at)
-    return errors.mean(), {}
+        errors = errors * path.likelihood_weight * (noise + (1 - noise) * t)[:, None, None, None]
+    loss = errors.mean()
+    if level.dequantiser is None:
+        return loss, {}
+    # Over the density of t, 1/(t·log 1000), the weighted errors are log 1000 times the loss.
+    log_det = log_det.mean() / level.dims
+    return loss + log_det / math.log(SHORTEST_TIME), {"log_det": log_det.detach()}
 
 
 def draw_times(
-    n: int, kind: str, start: float, like: Tensor, generator: torch.Generator | None = None
+    n: int, kind: str, noise: Tensor, like: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """n times in [start, 1], stratified over the batch; of `TIMES`, see `flow_matching`."""
+    """n times in [0, 1], stratified over the batch; of `TIMES`, see `flow_matching`."""
     if kind not in TIMES:
         raise UserError(f"unknown distribution of times {kind!r}; choose one of {', '.join(TIMES)}")
     order = torch.randperm(n, generator=generator, device=like.device)
     jitter = torch.rand(n, generator=generator, device=like.device, dtype=like.dtype)
-    quantile = (order.to(like.dtype) + jitter) / n
-    uniform = start + (1 - start) * quantile
+    uniform = (order.to(like.dtype) + jitter) / n
     if kind == "uniform":
         return uniform
-    low = math.log(max(start, SHORTEST_TIME))
-    log_uniform = (low * (1 - quantile)).exp()
+    lowest = noise.clamp_min(SHORTEST_TIME)
+    log_uniform = (lowest.log() * (1 - uniform)).exp()
+    log_uniform = ((log_uniform - noise) / (1 - noise)).clamp(0, 1)
     if kind != "mixed":
         return log_uniform
     alternate = torch.arange(n, device=like.device) % 2 == 0
@@ -147,7 +148,7 @@ class Objective(nn.Module):
         train, model = self.config.train, self.level.model
         images = augment(images, train.flip, train.crop, generator)
         x, log_q = pixels.dequantise(
-            images, nbits=model.nbits, kind=model.dequantisation, generator=generator
+            images, nbits=model.nbits, kind=model.pixel_noise, generator=generator
         )
         low_precision = torch.autocast(
             x.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"

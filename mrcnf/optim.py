@@ -25,10 +25,17 @@ class Optimizer:
         hidden: those of them that Muon takes: weights between hidden layers, not the first
             or the last. Empty: Adam for all.
         beta2: decay of Adam's second moment.
+        weight_decay: of the hidden weights, per step and unit of learning rate. Orthogonal
+            updates never shrink, so without it weights grow, and steps are smaller and smaller
+            beside them.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], hidden: Sequence[nn.Parameter], beta2: float
+        self,
+        parameters: Sequence[nn.Parameter],
+        hidden: Sequence[nn.Parameter],
+        beta2: float,
+        weight_decay: float = 0.0,
     ) -> None:
         self.parameters, self.hidden = list(parameters), list(hidden)
         chosen = {id(p) for p in self.hidden}
@@ -37,7 +44,9 @@ class Optimizer:
         # Muon takes matrices only; these share memory with the weights.
         self.matrices = [p.detach().view(len(p), -1) for p in self.hidden]
         self.muon = (
-            torch.optim.Muon(self.matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+            torch.optim.Muon(
+                self.matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
             if self.matrices
             else None
         )

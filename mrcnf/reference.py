@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mrcnf import haar, pixels
+from mrcnf import pixels
 from mrcnf.errors import UserError
 from mrcnf.flow import FlowResult
 from mrcnf.level import Level
 from mrcnf.solve import Solver, State, Statistics, solve
-from mrcnf.velocity import PaperField, Stack
+from mrcnf.stack import Stack
+from mrcnf.velocity import PaperField
 
 TRAINING = Solver(
     method="bosh3", steps=0, rtol=1e-3, atol=1e-3, first_step=1 / 6, gradient="adjoint"
@@ -59,11 +60,9 @@ def log_prob(
     generator: torch.Generator | None = None,
 ) -> FlowResult:
     """As `Level.log_prob`, by the published algorithm."""
-    values, coarse = level.coefficients(x)
-    y, log_det = level.standardise(values)
+    y, context, log_det = level.prepare(x)
     zeros = [y.new_zeros(len(y)) for _ in range(3 if regularise else 1)]
-    context, statistics = level.condition(coarse), Statistics()
-    state: State = (y, *zeros)
+    statistics, state = Statistics(), (y, *zeros)
     for block in range(len(level.flow.fields)):
         probe = torch.randn(y.shape, generator=generator, device=y.device, dtype=y.dtype)
         state, cost = _carry(level, block, state, context, probe, solver)
@@ -117,7 +116,7 @@ def sample(
         (y, *_), cost = _carry(level, block, state, context, probe, solver, backwards=True)
         statistics = statistics + cost
     values = level.unstandardise(y)
-    return values if coarse is None else haar.merge(values, coarse), statistics
+    return values if coarse is None else level.merge(values, coarse), statistics
 
 
 def _carry(
@@ -149,8 +148,7 @@ def _carry(
                 rates += [value.square().flatten(1).mean(1), pulled.square().flatten(1).mean(1)]
         return (value, *rates)
 
-    start = level.start_time if block == 0 else 0.0
-    ends = (1.0, start) if backwards else (start, 1.0)
+    ends = (1.0, 0.0) if backwards else (0.0, 1.0)
     return solve(
         dynamics,
         state,

@@ -97,7 +97,7 @@ def prepare_level(config: Config, resolution: int, images: Images) -> Level:
         level = Level(model, resolution, config.field, config.solver, config.trace)
     chosen = torch.randperm(len(images), generator=generator)[:4096]
     x, _ = pixels.dequantise(
-        images.pixels[chosen], nbits=model.nbits, kind=model.dequantisation, generator=generator
+        images.pixels[chosen], nbits=model.nbits, kind=model.pixel_noise, generator=generator
     )
     level.fit_standardisation(x)
     return level
@@ -162,7 +162,9 @@ class Trainer:
         self.parameters = list(self.level.parameters())
         self.average = [p.detach().clone() for p in self.parameters]
         hidden = self.level.flow.hidden_weights() if self.train.optimizer == "muon" else []
-        self.optimizer = Optimizer(self.parameters, hidden, self.train.beta2)
+        self.optimizer = Optimizer(
+            self.parameters, hidden, self.train.beta2, self.train.weight_decay
+        )
         self.step_number, self.saved_step = 0, -1
         self.seconds = 0.0
         self.last_failure = ""  # of a solve, for messages

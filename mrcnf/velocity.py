@@ -1,91 +1,23 @@
 """Velocity fields f(t, y | coarse): the networks that move pixels to noise.
 
-Every layer here works on a `Stack`: a value and, when a trace is wanted, K tangents that
-travel with it. A convolution is linear, so one call serves value and tangents alike; an
-activation gives act(y) and act'(y)·e. The plain forward pass is the case of no tangents, so
-a field is written once.
+Every layer works on a `Stack`: a value and, when a trace is wanted, its tangents.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mrcnf import paths
 from mrcnf.errors import UserError
-
-
-class Stack(NamedTuple):
-    """A value (N, C, H, W) and its tangents (K, N, C, H, W), or None."""
-
-    value: Tensor
-    tangents: Tensor | None
-
-    def linear(self, f: Callable[[Tensor], Tensor], bias: Tensor | None = None) -> Stack:
-        """Apply a linear map to everything in one call; `bias` goes to the value alone."""
-        if self.tangents is None:
-            value = f(self.value)
-            return Stack(value if bias is None else value + bias, None)
-        k, n = self.tangents.shape[:2]
-        out = f(torch.cat((self.value, self.tangents.flatten(0, 1))))
-        value, tangents = out[:n], out[n:].unflatten(0, (k, n))
-        return Stack(value if bias is None else value + bias, tangents)
-
-    def silu(self) -> Stack:
-        """x·σ(x), element by element."""
-        if self.tangents is None:
-            return Stack(F.silu(self.value), None)
-        gate = torch.sigmoid(self.value)
-        value = self.value * gate
-        return Stack(value, (gate + value * (1 - gate)) * self.tangents)
-
-    def channels_last(self) -> Stack:
-        """The same in the memory format that convolutions are fastest in, on CPUs and GPUs."""
-        value = self.value.contiguous(memory_format=torch.channels_last)
-        if self.tangents is None:
-            return Stack(value, None)
-        k = len(self.tangents)
-        flat = self.tangents.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        return Stack(value, flat.unflatten(0, (k, -1)))
-
-    def scale(self, factor: Tensor) -> Stack:
-        return Stack(self.value * factor, None if self.tangents is None else self.tangents * factor)
-
-    def shift(self, offset: Tensor) -> Stack:
-        return Stack(self.value + offset, self.tangents)
-
-    def add(self, other: Stack) -> Stack:
-        if self.tangents is None or other.tangents is None:
-            return Stack(self.value + other.value, None)
-        return Stack(self.value + other.value, self.tangents + other.tangents)
-
-
-class Conv(nn.Conv2d):
-    """A convolution on a stack."""
-
-    def forward(self, stack: Stack) -> Stack:  # type: ignore[override]
-        if stack.tangents is None:
-            return Stack(super().forward(stack.value), None)
-        assert self.bias is not None
-        return stack.linear(
-            lambda x: self._conv_forward(x, self.weight, None), self.bias[:, None, None]
-        )
-
-
-def normalise(stack: Stack) -> Stack:
-    """Divide by the root mean square over channels, pixel by pixel."""
-    inverse = torch.rsqrt(stack.value.square().mean(-3, keepdim=True) + 1e-6)
-    value = stack.value * inverse
-    if stack.tangents is None:
-        return Stack(value, None)
-    radial = (value * stack.tangents).mean(-3, keepdim=True)
-    return Stack(value, (stack.tangents - value * radial) * inverse)
+from mrcnf.stack import Conv, Stack, mix, normalise
 
 
 class _SoftplusPair(torch.autograd.Function):
@@ -130,6 +62,15 @@ class Field(nn.Module):
         gradient on; given the context's own parameters as well, it would count them twice.
         """
         return list(self.parameters())
+
+    def calibrate(self, noise: Tensor, cells: Tensor) -> None:
+        """Learn the units of the data: called whenever a level is standardised.
+
+        Args:
+            noise: (C, 1, 1), the standard deviation of the Gaussian noise that y comes with.
+            cells: (P, C + C_coarse + 1), the affine map from one position's y, coarse image
+                and 1 to the P pixels there, counted in cells from a point of their lattice.
+        """
 
     def run(self, t: Tensor, stack: Stack, context: Tensor | None) -> Stack:
         raise TypeError(f"{type(self).__name__} does not define run()")
@@ -216,13 +157,15 @@ class ResidualField(Field):
 
     Time, as features of log t/(1-t), scales and shifts every block; the coarse image goes
     through convolutions of its own, once per solve, and is added inside every block. The
-    output is preconditioned for standardised data: with s² = (1-t)² + t²,
+    network answers with two numbers per coefficient, F and log q, and the velocity is
 
-        f(t, y) = (2t-1)/s² · y + F(t, y/s)/s
+        f(t, y) = g·y + m·F,    v = α²q² + β²,    g = (αα'q² + ββ')/v,    m = W·q/√v
 
-    where the first term is the best linear prediction of z - y from (1-t)·y + t·z and F is
-    left with a target of unit variance; F = 0 transports a standard normal to itself (the
-    construction of Karras et al. 2022, §5, carried over to straight paths).
+    (α, β, W of `paths`). g·y would be the best prediction of the velocity, and m what is left
+    to predict, were y normal of standard deviation q: the preconditioning of Karras et al.
+    (2022, §5) with a spread that the network finds for itself, as smooth patches and rough
+    ones have details of very different size. F = log q = 0 transports a standard normal to
+    itself.
 
     With several scales the blocks form a U: `depth` of them at each scale on the way down and
     again on the way up, at each scale twice as wide on half the side.
@@ -234,7 +177,12 @@ class ResidualField(Field):
         depth: number of residual blocks, of two 3×3 convolutions each (at every scale, see above).
         scales: 1 works at full scale throughout.
         attention: self-attention over positions after each block of the smallest scale.
+        path: of `paths.PATHS`, what the field is trained on.
+        lattice: pixels per position, whose phases on the lattice of integers the field is to
+            see (`_Lattice`); 0 for none.
     """
+
+    noise: Tensor
 
     def __init__(
         self,
@@ -244,13 +192,16 @@ class ResidualField(Field):
         depth: int = 4,
         scales: int = 1,
         attention: bool = False,
+        path: str = "straight",
+        lattice: int = 0,
     ) -> None:
         super().__init__()
-        self.width, self.smallest = width, scales - 1
+        self.width, self.smallest, self.path = width, scales - 1, path
         way_down = [scale for scale in range(self.smallest) for _ in range(depth)]
         self.plan = [*way_down, *[self.smallest] * depth, *reversed(way_down)]
         self.widths = [width * 2**scale for scale in self.plan]
-        self.first = Conv(channels, width, 3, padding=1)
+        self.lattice = _Lattice(channels, coarse_channels, lattice) if lattice else None
+        self.first = Conv(channels + 2 * lattice, width, 3, padding=1)
         self.blocks = nn.ModuleList(_Block(w) for w in self.widths)
         sizes = list(pairwise(width * 2**scale for scale in range(scales)))
         self.down = nn.ModuleList(Conv(fine, small, 2, stride=2) for fine, small in sizes)
@@ -258,7 +209,7 @@ class ResidualField(Field):
         self.attention = nn.ModuleList(
             _Attention(width * 2**self.smallest) for _ in range(depth if attention else 0)
         )
-        self.last = Conv(width, channels, 3, padding=1)
+        self.last = Conv(width, 2 * channels, 3, padding=1)
         self.time = nn.Sequential(
             nn.Linear(TIME_FEATURES, 2 * width), nn.SiLU(),
             nn.Linear(2 * width, 2 * sum(self.widths)),
@@ -274,12 +225,21 @@ class ResidualField(Field):
             if coarse_channels
             else None
         )
+        self.register_buffer("noise", torch.zeros(channels, 1, 1))
         for layer in (self.last, self.time[-1]):
             nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
+    def calibrate(self, noise: Tensor, cells: Tensor) -> None:
+        self.noise.copy_(noise)
+        if self.lattice is not None:
+            self.lattice.calibrate(cells)
+
     def context(self, coarse: Tensor | None) -> Tensor | None:
-        return None if self.coarse is None else self.coarse(coarse)
+        if self.coarse is None or coarse is None:
+            return None
+        maps = self.coarse(coarse)
+        return maps if self.lattice is None else torch.cat((maps, coarse), 1)
 
     def run_parameters(self) -> list[Tensor]:
         return [p for name, p in self.named_parameters() if not name.startswith("coarse.")]
@@ -291,15 +251,20 @@ class ResidualField(Field):
     def run(self, t: Tensor, stack: Stack, context: Tensor | None) -> Stack:
         y, stack = stack.value, stack.channels_last()
         t = t.to(y.dtype)
-        clock = t.reshape(-1, 1, 1, 1)
-        variance = (1 - clock) ** 2 + clock**2
-        spread = variance.rsqrt()
+        path = paths.at(self.path, t.reshape(-1, 1, 1, 1), self.noise)
         scales, shifts = self.time(time_features(t.reshape(-1)))[:, :, None, None].chunk(2, dim=1)
-        hidden = self.first(stack.scale(spread))
+        seen = stack.scale((path.alpha**2 + path.beta**2).rsqrt())
+        coarse: Tensor | None = None
         maps: Sequence[Tensor] = ()
         if context is not None:
-            entry, *maps = context.split([self.width, *self.widths], dim=1)
-            hidden = hidden.shift(entry)
+            used = self.width + sum(self.widths)
+            coarse = context[:, used:]
+            entry, *maps = context[:, :used].split([self.width, *self.widths], dim=1)
+        if self.lattice is not None:
+            seen = seen.cat(self.lattice(path, stack, coarse))
+        hidden = self.first(seen)
+        if context is not None:
+            hidden = hidden.shift(entry.to(hidden.value.dtype))
         attention, skipped, now = iter(self.attention), [], 0
         for i, (scale, shift) in enumerate(
             zip(scales.split(self.widths, 1), shifts.split(self.widths, 1), strict=True)
@@ -312,12 +277,66 @@ class ResidualField(Field):
                 hidden = wide.linear(lambda x: F.interpolate(x, scale_factor=2)).add(skipped.pop())
             now = self.plan[i]
             if maps:
-                shift = shift + (F.avg_pool2d(maps[i], 2**now) if now else maps[i])
+                own = maps[i].to(shift.dtype)
+                shift = shift + (F.avg_pool2d(own, 2**now) if now else own)
             hidden = self.blocks[i](hidden, 1 + scale, shift)
             if now == self.smallest and self.attention:
                 hidden = next(attention)(hidden)
-        out = self.last(normalise(hidden).silu())
-        return stack.scale((2 * clock - 1) / variance).add(out.scale(spread))
+        answer, log_spread = self.last(normalise(hidden).silu()).chunk(2)
+        gain, size = _precondition(path, log_spread)
+        return stack.multiply(gain).add(answer.multiply(size))
+
+
+def _precondition(path: paths.Path, log_spread: Stack) -> tuple[Stack, Stack]:
+    """g and m of `ResidualField` and their derivatives by log q."""
+    alpha, beta, wronskian = path.alpha, path.beta, path.wronskian
+    variance = (2 * log_spread.value.to(alpha.dtype)).exp()
+    total = alpha**2 * variance + beta**2
+    gain = (alpha * path.alpha_rate * variance + beta * path.beta_rate) / total
+    size = wronskian * (variance / total).sqrt()
+    return (
+        log_spread.map(gain, lambda: -2 * alpha * beta * wronskian * variance / total**2),
+        log_spread.map(size, lambda: size * beta**2 / total),
+    )
+
+
+class _Lattice(nn.Module):
+    """sin and cos of the pixels' phases on the lattice of integers, for as long as noise lets it
+    be seen.
+
+    Dequantised pixels crowd around the lattice's points (Gaussian noise) or break off halfway
+    between them (uniform noise); a convolution of values that span 256 points cannot tell
+    where it is on that scale (Kingma et al. 2021, appendix C, feed Fourier features of pixels
+    for the same reason). The pixels are those that y_t/α and the coarse image make together;
+    noise of phase variance s² leaves exp(-s²/2) of a phase's sin and cos to be known, and that
+    is what they are multiplied by.
+    """
+
+    of_y: Tensor
+    of_coarse: Tensor
+    offset: Tensor
+
+    def __init__(self, channels: int, coarse_channels: int, pixels: int) -> None:
+        super().__init__()
+        self.register_buffer("of_y", torch.zeros(pixels, channels))
+        self.register_buffer("of_coarse", torch.zeros(pixels, coarse_channels))
+        self.register_buffer("offset", torch.zeros(pixels, 1, 1))
+
+    def calibrate(self, cells: Tensor) -> None:
+        sizes = [self.of_y.shape[1], self.of_coarse.shape[1], 1]
+        of_y, of_coarse, offset = (2 * math.pi * cells).split(sizes, dim=1)
+        self.of_y.copy_(of_y)
+        self.of_coarse.copy_(of_coarse)
+        self.offset.copy_(offset[..., None])
+
+    def forward(self, path: paths.Path, stack: Stack, coarse: Tensor | None) -> Stack:
+        shrunk = path.alpha.clamp_min(0.1)  # what follows is 0 long before
+        phase = stack.scale(1 / shrunk).linear(lambda x: mix(self.of_y, x), self.offset)
+        if coarse is not None:
+            phase = phase.shift(mix(self.of_coarse, coarse))
+        seen = (-mix(self.of_y**2, (path.beta / shrunk) ** 2) / 2).exp()
+        sin, cos = seen * phase.value.sin(), seen * phase.value.cos()
+        return phase.map(sin, lambda: cos).cat(phase.map(cos, lambda: -sin))
 
 
 class _Block(nn.Module):
@@ -390,10 +409,14 @@ def build(
     depth: int = 4,
     scales: int = 1,
     attention: bool = False,
+    path: str = "straight",
+    lattice: int = 0,
 ) -> Field:
     """A field by name: "residual" (all arguments), or "paper" (width of its three layers)."""
     if kind == "residual":
-        return ResidualField(channels, coarse_channels, width, depth, scales, attention)
+        return ResidualField(
+            channels, coarse_channels, width, depth, scales, attention, path, lattice
+        )
     if kind == "paper":
         return PaperField(channels, coarse_channels, (width,) * 3)
     raise UserError(f"unknown velocity field {kind!r}; choose one of {', '.join(FIELDS)}")

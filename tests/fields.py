@@ -5,7 +5,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from mrcnf.velocity import Field, Stack
+from mrcnf.stack import Stack
+from mrcnf.velocity import Field
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -389,6 +389,10 @@ def test_what_a_run_lacks_is_noted(finished, tmp_path):
 
 
 def test_gaussian_noise_is_tied_to_the_finest_level(tmp_path):
-    run = trained(tmp_path / "run", "model.dequantisation=gaussian", "train.steps=1")
-    with pytest.raises(UserError, match="uniform dequantisation can be extended"):
+    noise = "model.dequantisation=gaussian"
+    run = trained(tmp_path / "run", noise, "train.steps=1")
+    with pytest.raises(UserError, match=r"uniform dequantisation.*can be extended"):
         checkpoint.extended_config(run, run, 8)
+    # Integers are integers at every level.
+    run = trained(tmp_path / "integers", noise, "model.pyramid=integer", "train.steps=1")
+    assert checkpoint.extended_config(run, run, 8).model.resolutions == (2, 4, 8)

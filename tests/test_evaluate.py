@@ -139,7 +139,7 @@ def test_a_stiff_field_ends_in_an_error_within_its_limit(model):
     for level in stiff:
         level.solver = Solver("dopri5", steps=0, rtol=1e-6, atol=1e-6, max_evaluations=500)
         for parameter in level.parameters():
-            parameter.mul_(100)
+            parameter.mul_(8)
     with pytest.raises(SolverError, match=r"level 2.*\b50\d\b evaluations"):
         evaluate.evaluate(stiff, images())
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fields import awake
 
 from mrcnf import haar, pixels
@@ -12,15 +13,16 @@ from mrcnf.flow import Trace
 from mrcnf.level import FieldConfig, Level, ModelConfig
 from mrcnf.model import MultiResolutionFlow
 from mrcnf.solve import Solver
+from mrcnf.stack import mix
 
 EXACT = Trace("exact")
 RK4 = Solver("rk4", steps=10)
 
 
-def build(resolutions=(2, 4), channels=1, size=0.1, solver=RK4, kind="paper", **model):
+def build(resolutions=(2, 4), channels=1, size=0.1, solver=RK4, field=None, **model):
     """A model with random weights, its moments fitted to random images, in double precision."""
     config = ModelConfig(resolutions=resolutions, channels=channels, **model)
-    field = FieldConfig(kind=kind, width=4, depth=1)
+    field = field or FieldConfig(kind="paper", width=4)
     levels = [Level(config, r, field, solver, Trace("exact")) for r in resolutions]
     model = awake(MultiResolutionFlow(levels), size)
     x, _ = pixels.dequantise(
@@ -297,7 +299,10 @@ def test_temperatures_are_by_level():
 @pytest.mark.parametrize("noise", pixels.KINDS)
 def test_decode_undoes_encode(noise, base, kind):
     solver = Solver("dopri5", steps=0, rtol=1e-6, atol=1e-6)
-    model = build(kind=kind, base=base, dequantisation=noise, nbits=5, size=0.05, solver=solver)
+    field = FieldConfig(kind=kind, width=4, depth=1)
+    model = build(
+        field=field, base=base, dequantisation=noise, nbits=5, size=0.05, solver=solver
+    )
     x = images(4, model.config)
     back = model.decode(model.encode(x, generator=seeded()))
     assert torch.equal(back >> 3, x >> 3)
@@ -346,24 +351,52 @@ def test_constant_channels_do_not_divide_by_zero():
     assert model.bits_per_dim(images(2, model.config)).isfinite().all()
 
 
+@pytest.mark.parametrize("whiten", [True, False])
 @pytest.mark.parametrize("resolution", [2, 4, 8])
-def test_gaussian_levels_start_where_their_noise_is(resolution):
-    """(1 - t)·clean + t·z at t = start has the standard deviation of the noise within it."""
-    model = build((2, 4, 8), dequantisation="gaussian")
+def test_gaussian_levels_know_the_noise_of_every_channel(resolution, whiten):
+    model = build((2, 4, 8), channels=3, dequantisation="gaussian", whiten=whiten)
     level = model.level(resolution)
-    x = images(400, model.config)
+    x = (correlated(400, 8) * 255).to(torch.uint8)
     noisy, _ = pixels.dequantise(x, kind="gaussian", dtype=torch.float64)
+    level.fit_standardisation(noisy)
     clean = (x.double() + 0.5) / 256
     flow_units = [level.standardise(level.coefficients(v)[0])[0] for v in (noisy, clean)]
-    spread = (flow_units[0] - flow_units[1]).std()
+    spread = (flow_units[0] - flow_units[1]).std((0, 2, 3))
+    noise = level.noise.flatten()
+    assert noise.min() > 0 and noise.max() < 0.1
     # Truncation at three standard deviations takes 1.4% off.
-    assert spread / level.start_time == pytest.approx(0.987, abs=0.02)
-    assert 0 < level.start_time < 0.1
+    torch.testing.assert_close(spread / noise, torch.full_like(noise, 0.987), rtol=0, atol=0.04)
 
 
-def test_logit_bases_start_at_zero():
+def test_a_logit_takes_its_noise_for_data():
     model = build(base="logit", dequantisation="gaussian")
-    assert model.level(2).start_time == 0 and model.level(4).start_time > 0
+    for level in model:
+        level.fit_standardisation(pixels.dequantise(images(9, model.config))[0].double())
+    assert model.level(2).noise.max() == 0 < model.level(4).noise.min()
+
+
+@pytest.mark.parametrize("resolution", [2, 4, 8])
+def test_fields_are_told_where_the_integers_are(resolution):
+    """From y and the coarse image to the pixels, in cells of the lattice of their means."""
+    field = FieldConfig(width=4, depth=1, lattice=True)
+    model = build((2, 4, 8), channels=3, field=field)
+    level = model.level(resolution)
+    x = torch.randint(0, 256, (9, 3, 8, 8)).double() / 256
+    level.fit_standardisation(x + 0.5 / 256)
+    values, coarse = level.coefficients(x + 0.5 / 256)
+    y, condition = level.standardise(values)[0], level.condition(coarse)
+    field = level.flow.fields[0]
+    phase = mix(field.lattice.of_y, y) + field.lattice.offset
+    if condition is not None:
+        phase = phase + mix(field.lattice.of_coarse, condition)
+    cells = phase / (2 * math.pi)
+    # Means of k integers are integers in units of 1/k, half a cell of theirs off or not.
+    per_cell = (8 // resolution) ** 2
+    expected = (haar.reduce(x + 0.5 / 256, int(math.log2(8 // resolution))) * 256 - 0.5) * per_cell
+    if condition is not None:
+        expected = F.pixel_unshuffle(expected, 2)
+    torch.testing.assert_close(cells, expected, rtol=0, atol=1e-8)
+    torch.testing.assert_close(cells, cells.round(), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("kind", pixels.KINDS)

@@ -27,6 +27,17 @@ def test_muon_steps_along_the_nearest_orthogonal_matrix():
     assert torch.cosine_similarity(moved.flatten(), (u @ vt).flatten(), dim=0) > 0.97
 
 
+def test_decay_shrinks_the_weights_that_muon_trains():
+    """Decoupled from the gradient (Loshchilov & Hutter 2019): by 1 - rate·decay a step."""
+    hidden, other = nn.Parameter(torch.randn(8, 3, 3, 3)), nn.Parameter(torch.randn(5))
+    before = [p.detach().clone() for p in (hidden, other)]
+    for p in (hidden, other):
+        p.grad = torch.zeros_like(p)
+    Optimizer([hidden, other], [hidden], 0.99, weight_decay=2.0).step(1e-2, GOOD)
+    torch.testing.assert_close(hidden.detach(), 0.98 * before[0])
+    assert torch.equal(other.detach(), before[1])
+
+
 def test_adam_takes_the_rest():
     torch.manual_seed(0)
     field = ResidualField(6, 3, width=4, depth=2)

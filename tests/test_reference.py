@@ -8,7 +8,8 @@ from mrcnf import objectives, pixels, reference
 from mrcnf.flow import Trace
 from mrcnf.level import FieldConfig, Level, ModelConfig
 from mrcnf.solve import Solver
-from mrcnf.velocity import PaperField, Stack
+from mrcnf.stack import Stack
+from mrcnf.velocity import PaperField
 
 GAUSSIAN = Trace(kind="gaussian")
 FINE = Solver("rk4", 24, 1.0)

@@ -258,7 +258,7 @@ def test_wrong_settings_are_refused(wrong, words):
 def conditional_flow(kind):
     """A flow, and all tensors that its likelihood depends on, by name."""
     torch.manual_seed(0)
-    field = awake(build(kind, 1, 1, width=4, depth=1))
+    field = awake(build(kind, 1, 1, width=4, depth=1), size=0.2)
     generator = torch.Generator().manual_seed(3)
     y, coarse = torch.randn(2, 1, 1, 2, 2, generator=generator, dtype=torch.float64)
     return ContinuousFlow([field]), {

@@ -589,6 +589,13 @@ OBJECTIVES = {
                 "train_solver.steps=0", "train_solver.gradient=adjoint",
                 "train_solver.rtol=1e-2", "train_solver.atol=1e-2"],
     "gaussian": ["model.dequantisation=gaussian"],
+    "lattice": ["model.dequantisation=gaussian", "field.lattice=true"],
+    "variance-preserving": ["field.path=variance-preserving"],
+    "integers": ["model.pyramid=integer"],
+    "variational": ["model.pyramid=integer", "model.dequantisation=variational",
+                    "train.times=likelihood"],
+    "variational likelihood": ["model.pyramid=integer", "model.dequantisation=variational",
+                               "train.objective=likelihood"],
     "gaussian likelihood": ["train.objective=likelihood", "model.dequantisation=gaussian"],
     "steered": ["train.objective=likelihood", "train.steer=0.2", "train.kinetic=0.1"],
 }  # fmt: skip

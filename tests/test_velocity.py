@@ -8,6 +8,10 @@ from torch import nn
 
 from mrcnf import velocity
 from mrcnf.errors import UserError
+from mrcnf.flow import ContinuousFlow, Trace
+from mrcnf.paths import PATHS
+from mrcnf.solve import Solver
+from mrcnf.stack import Stack
 from mrcnf.velocity import Conditioned, PaperField, ResidualField
 
 FIELDS = {
@@ -18,7 +22,19 @@ FIELDS = {
     "attention, coarse": lambda: ResidualField(2, 1, width=6, depth=2, attention=True),
     "u-shaped": lambda: ResidualField(2, width=4, depth=1, scales=3, attention=True),
     "u-shaped, coarse": lambda: ResidualField(2, 1, width=4, depth=2, scales=2),
+    "variance-preserving": lambda: ResidualField(2, width=6, depth=1, path="variance-preserving"),
+    "lattice": lambda: seeing(ResidualField(2, width=6, depth=1, lattice=2)),
+    "lattice, coarse": lambda: seeing(ResidualField(2, 1, width=6, depth=1, lattice=4)),
 }
+
+
+def seeing(field):
+    """A field that is told where the integers are, and of noise in the data."""
+    lattice = field.lattice
+    size = lattice.of_y.shape[1] + lattice.of_coarse.shape[1] + 1
+    generator = torch.Generator().manual_seed(0)
+    field.calibrate(torch.tensor(0.1), torch.randn(len(lattice.offset), size, generator=generator))
+    return field
 
 
 def case(name, n=3):
@@ -86,6 +102,24 @@ def test_a_new_residual_field_is_the_best_linear_prediction(t):
     torch.testing.assert_close(found, slope * y, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("noise", [0.0, 0.2])
+def test_a_field_that_knows_the_spread_knows_the_density(path, noise):
+    """With log q right and F = 0, normal data and their noise reach the unit normal."""
+    field = ResidualField(2, width=4, depth=1, path=path).double()
+    spread = torch.tensor([0.3, 1.7], dtype=torch.float64)
+    with torch.no_grad():
+        field.last.bias[2:] = spread.log()
+        field.noise.fill_(noise)
+    y = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    solver = Solver("dopri5", steps=0, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        found = ContinuousFlow([field]).log_prob(y, solver=solver, trace=Trace("exact")).log_prob
+    total = (spread**2 + noise**2).sqrt()[:, None, None]
+    expected = torch.distributions.Normal(torch.zeros(()), total).log_prob(y).flatten(1).sum(1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", FIELDS)
 def test_times_of_their_own_equal_a_loop(name):
     field, y, coarse = case(name)
@@ -149,7 +183,7 @@ def test_run_parameters_are_those_that_the_context_does_not_use(name):
     else:
         detached = context.detach()
     # Adding y makes a graph even where the context was all that had one.
-    out = field.run(torch.tensor(0.3).double(), velocity.Stack(y.requires_grad_(), None), detached)
+    out = field.run(torch.tensor(0.3).double(), Stack(y.requires_grad_(), None), detached)
     out = out.value
     everything = list(field.parameters())
     used = torch.autograd.grad(out.sum(), everything, allow_unused=True)
@@ -159,9 +193,9 @@ def test_run_parameters_are_those_that_the_context_does_not_use(name):
 
 def test_the_slope_is_the_derivative():
     x = torch.linspace(-30, 30, 121, dtype=torch.float64, requires_grad=True)
-    value, slope = velocity.Stack(x, torch.ones_like(x)[None]).silu()
+    value, slope = Stack(x, torch.ones_like(x)[None]).silu()
     torch.testing.assert_close(value, F.silu(x), rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(velocity.Stack(x, None).silu().value, F.silu(x))
+    torch.testing.assert_close(Stack(x, None).silu().value, F.silu(x))
     (expected,) = torch.autograd.grad(F.silu(x).sum(), x)
     torch.testing.assert_close(slope[0], expected, rtol=0, atol=1e-12)
 

@@ -1,0 +1,31 @@
+#!/bin/sh
+# Train all three levels once per row, by the settings of ablation.toml, and evaluate them together:
+# what a level costs depends on where the noise and the pyramid put the bits, the sum does not.
+#   sh experiments/dequantisation.sh DIR [ROW...]     DIR holds CIFAR-10's published files
+set -eu
+data=$1; shift
+out=${OUT:-runs/dequantisation}
+settings() {
+    case $1 in
+        uniform) ;;
+        gaussian) echo model.dequantisation=gaussian ;;
+        gaussian-lattice) echo model.dequantisation=gaussian field.lattice=true ;;
+        integer) echo model.pyramid=integer ;;
+        integer-gaussian-lattice) echo model.pyramid=integer model.dequantisation=gaussian \
+            field.lattice=true ;;
+        integer-likelihood-times) echo model.pyramid=integer train.times=likelihood ;;
+        integer-variational) echo model.pyramid=integer model.dequantisation=variational \
+            train.times=likelihood ;;
+        *) echo "there is no row $1" >&2; exit 2 ;;
+    esac
+}
+[ $# -gt 0 ] || set -- uniform gaussian gaussian-lattice integer integer-gaussian-lattice \
+    integer-likelihood-times integer-variational
+for row; do
+    overrides=$(settings "$row")
+    [ -e "$out/$row/level-8/state.safetensors" ] || for level in 32 16 8; do
+        mrcnf train experiments/ablation.toml --level $level --out "$out/$row" --data.root "$data" \
+            train.evaluate_every=0 $overrides
+    done
+    mrcnf evaluate "$out/$row" --data.root "$data" --limit 512 --json "$out/$row/evaluation.json"
+done

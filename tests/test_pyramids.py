@@ -1,0 +1,225 @@
+"""The two pyramids: what both promise, and what the integer one adds."""
+
+import math
+
+import pytest
+import torch
+
+from mrcnf import haar, pixels, pyramids
+from mrcnf.config import Config, TrainConfig
+from mrcnf.dequantiser import Dequantiser
+from mrcnf.errors import UserError
+from mrcnf.flow import Trace
+from mrcnf.level import FieldConfig, Level, ModelConfig
+from mrcnf.model import MultiResolutionFlow
+from mrcnf.objectives import SHORTEST_TIME, flow_matching
+from mrcnf.solve import Solver
+
+EVERY_KIND = pytest.mark.parametrize("kind", pyramids.KINDS)
+
+
+def integers(n=5, side=8, nbits=8):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 2**nbits, (n, 3, side, side), generator=generator)
+
+
+def dequantised(x, nbits=8, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.rand(x.shape, generator=generator, dtype=torch.float64)
+    return (x + u) / 2**nbits
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("nbits", [1, 5, 8])
+def test_merging_undoes_splitting(kind, nbits):
+    x = dequantised(integers(nbits=nbits), nbits)
+    detail, coarse = pyramids.split(kind, x, nbits)
+    assert detail.shape == (5, 9, 4, 4) and coarse.shape == (5, 3, 4, 4)
+    torch.testing.assert_close(pyramids.merge(kind, detail, coarse, nbits), x, rtol=0, atol=1e-12)
+
+
+@EVERY_KIND
+def test_splitting_keeps_volumes(kind):
+    """|det| of the Jacobian is 1: the integer form moves cells about, and noise within them."""
+    x = dequantised(integers(1, side=2))
+
+    def flat(v):
+        return torch.cat([part.flatten() for part in haar.split(v)])
+
+    if kind == "integer":
+
+        def flat(v):
+            cells = v * 256
+            noise = cells - cells.detach().floor()  # the integers do not move
+            first, *others = haar.patches(noise)
+            return torch.cat([o.flatten() for o in (*others, first)]) / 256
+
+        moved = torch.cat([part.flatten() for part in pyramids.split(kind, x, 8)])
+        torch.testing.assert_close((moved * 256) % 1, (flat(x) * 256) % 1, rtol=0, atol=1e-9)
+    jacobian = torch.autograd.functional.jacobian(flat, x).reshape(12, 12)
+    assert jacobian.det().abs() == pytest.approx(1, abs=1e-12)
+
+
+def test_integer_levels_are_of_the_lifted_integers_and_keep_the_noise():
+    x = integers()
+    noisy = dequantised(x)
+    detail, coarse = pyramids.split("integer", noisy, 8)
+    details, means = haar.lift(x.to(torch.int32))
+    assert torch.equal((detail * 256).floor(), details.double())
+    assert torch.equal((coarse * 256).floor(), means.double())
+    before = (noisy * 256 % 1).flatten().sort().values
+    after = torch.cat((detail.flatten(), coarse.flatten()))
+    torch.testing.assert_close((after * 256 % 1).sort().values, before, rtol=0, atol=1e-9)
+
+
+def test_integer_levels_are_given_integers():
+    """The condition does not change with the noise: each level is a bound by itself."""
+    model = ModelConfig(resolutions=(2, 4, 8), channels=3, pyramid="integer")
+    level = Level(model, 4).double()
+    x = integers()
+    _, first = level.coefficients((x.double() + 0.1) / 256)
+    detail, second = level.coefficients((x.double() + 0.9) / 256)
+    assert torch.equal(first, second)
+    _, coarser = haar.lift(haar.lift(x.to(torch.int32))[1])
+    torch.testing.assert_close(first * 256 - 0.5, coarser.double(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(detail * 256 % 1, torch.full_like(detail, 0.9), rtol=0, atol=1e-9)
+
+
+def test_reducing_is_splitting_again_and_again():
+    x = dequantised(integers())
+    _, coarse = pyramids.split("integer", x, 8)
+    _, coarse = pyramids.split("integer", coarse, 8)
+    assert torch.equal(pyramids.reduce("integer", x, 8, 2), coarse)
+
+
+@pytest.mark.parametrize("noise", pixels.KINDS)
+def test_a_model_of_integers_decodes_what_it_encodes(noise):
+    config = ModelConfig(
+        resolutions=(2, 4, 8), channels=3, pyramid="integer", dequantisation=noise
+    )
+    solver = Solver("rk4", steps=16)
+    field = FieldConfig(width=4, depth=1, lattice=True)
+    levels = [Level(config, r, field, solver, Trace("exact")) for r in config.resolutions]
+    model = MultiResolutionFlow(levels).double()
+    images = integers().to(torch.uint8)
+    for level in model:
+        level.fit_standardisation(pixels.dequantise(images, kind=noise, dtype=torch.float64)[0])
+    assert torch.equal(model.decode(model.encode(images)), images)
+    assert model.bits_per_dim(images).isfinite().all()
+    assert model.sample(2).shape == (2, 3, 8, 8)
+
+
+def test_unknown_pyramids_are_refused():
+    with pytest.raises(UserError, match=r"'lifting'.*exact, integer"):
+        ModelConfig(pyramid="lifting")
+
+
+# -- variational dequantisation ---------------------------------------------------------------
+
+
+def shaped(size=0.05, channels=2, coarse_channels=1):
+    dequantiser = Dequantiser(channels, coarse_channels).double()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in dequantiser.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter += size * noise
+    return dequantiser
+
+
+def cells(n=2):
+    generator = torch.Generator().manual_seed(4)
+    u = torch.rand(n, 2, 4, 4, generator=generator, dtype=torch.float64)
+    y = torch.randn(n, 2, 4, 4, generator=generator, dtype=torch.float64)
+    return u, y, torch.randn(n, 1, 4, 4, generator=generator, dtype=torch.float64)
+
+
+def test_noise_is_uniform_until_it_is_trained():
+    u, y, coarse = cells()
+    bent, log_rise = Dequantiser(2, 1).double()(u, y, coarse)
+    torch.testing.assert_close(bent, u)
+    torch.testing.assert_close(log_rise, torch.zeros(2, dtype=torch.float64))
+
+
+def test_the_noise_stays_in_its_cell_and_its_density_is_known():
+    dequantiser, (u, y, coarse) = shaped(), cells()
+    bent, log_rise = dequantiser(u, y, coarse)
+    assert bent.min() > 0 and bent.max() < 1 and (bent - u).abs().max() > 0.01
+    jacobian = torch.autograd.functional.jacobian(lambda v: dequantiser(v, y, coarse)[0], u)
+    log_det = torch.stack([jacobian[i, :, :, :, i].reshape(32, 32).logdet() for i in range(2)])
+    torch.testing.assert_close(log_rise, log_det)
+
+
+def test_the_edges_of_the_cell_stay_finite():
+    dequantiser, (u, y, coarse) = shaped(0.3), cells()
+    for edge in (0.0, 1 - 1e-16):
+        bent, log_rise = dequantiser(torch.full_like(u, edge), y, coarse)
+        assert bent.min() > 0 and bent.max() < 1 and log_rise.isfinite().all()
+
+
+def test_shaped_noise_reaches_what_uniform_noise_cannot():
+    """Pixels in two values whose cells a smooth density cannot fill: a bound falls, not its truth.
+
+    The flow is the identity, so the density is normal; the best noise for it makes the bound
+    tight, at log of the cells' probability.
+    """
+    config = ModelConfig(
+        resolutions=(2,), channels=1, pyramid="integer", dequantisation="variational"
+    )
+    level = Level(config, 2, FieldConfig(width=4, depth=1)).double()
+    level.std.fill_(0.7 / 256)
+    level.mean.fill_(128 / 256)
+    images = torch.randint(126, 130, (500, 1, 2, 2), generator=torch.Generator().manual_seed(0))
+
+    def bound(seed=1):
+        x = dequantised(images, seed=seed)
+        log_prob = level.log_prob(x, solver=Solver(steps=1)).log_prob
+        return pixels.log_prob_of_integers(log_prob, torch.zeros(()), 4).mean()
+
+    normal = torch.distributions.Normal(128.0, torch.tensor(0.7, dtype=torch.float64))
+    probability = normal.cdf(images + 1.0) - normal.cdf(images.double())
+    truth = probability.log().flatten(1).sum(1).mean()
+    before = bound().item()
+    optimiser = torch.optim.Adam(level.dequantiser.parameters(), lr=3e-3)
+    for step in range(60):
+        optimiser.zero_grad()
+        (-bound(2 + step)).backward()
+        optimiser.step()
+    after = bound().item()
+    assert before < truth - 0.05
+    assert truth - 0.25 * (truth - before) < after < truth + 0.02
+
+
+def test_flow_matching_trains_the_noise_on_the_same_bound():
+    """The gradient by the dequantiser of the loss is that of the evidence lower bound.
+
+    With a field that is exact for normal data the bound is the likelihood, whose gradient
+    differentiation through the flow gives as well.
+    """
+    torch.manual_seed(0)
+    config = ModelConfig(
+        resolutions=(2,), channels=1, pyramid="integer", dequantisation="variational", whiten=False
+    )
+    level = Level(config, 2, FieldConfig(width=4, depth=1)).double()  # F = 0: a standard normal's
+    level.std.fill_(0.7 / 256)
+    level.mean.fill_(128 / 256)
+    shape = level.dequantiser.net[-1].bias
+    images = torch.randint(126, 130, (40_000, 1, 2, 2))
+    x = dequantised(images)
+    loss, _ = flow_matching(level, x, times="likelihood")
+    nats = -math.log(SHORTEST_TIME) * loss
+    (found,) = torch.autograd.grad(nats, shape)
+    likelihood = level.log_prob(x, solver=Solver(steps=1)).log_prob.mean() / level.dims
+    (expected,) = torch.autograd.grad(-likelihood, shape)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+    assert expected.abs().max() > 0.05
+
+
+def test_learned_noise_needs_levels_of_their_own_and_the_bound():
+    with pytest.raises(UserError, match=r"set model\.pyramid = integer"):
+        ModelConfig(dequantisation="variational")
+    model = ModelConfig(pyramid="integer", dequantisation="variational")
+    with pytest.raises(UserError, match=r"set train\.times = likelihood"):
+        Config(model=model)
+    Config(model=model, train=TrainConfig(times="likelihood"))
+    Config(model=model, train=TrainConfig(objective="likelihood"))
