@@ -23,9 +23,10 @@ settings() {
     integer-likelihood-times integer-variational
 for row; do
     overrides=$(settings "$row")
-    [ -e "$out/$row/level-8/state.safetensors" ] || for level in 32 16 8; do
-        mrcnf train experiments/ablation.toml --level $level --out "$out/$row" --data.root "$data" \
-            train.evaluate_every=0 $overrides
+    for level in 32 16 8; do
+        mrcnf train experiments/ablation.toml --level $level --resume --out "$out/$row" \
+            --data.root "$data" train.evaluate_every=0 $overrides
     done
-    mrcnf evaluate "$out/$row" --data.root "$data" --limit 512 --json "$out/$row/evaluation.json"
+    mrcnf evaluate "$out/$row" --data.root "$data" --limit 512 --convergence \
+        --json "$out/$row/evaluation.json"
 done

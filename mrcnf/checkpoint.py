@@ -38,7 +38,7 @@ from mrcnf.solve import Solver
 
 WEIGHTS, STATE, PREVIOUS = "weights.safetensors", "state.safetensors", "state.previous.safetensors"
 CONFIG = "config.toml"
-FORMAT = "mrcnf-1"
+FORMAT = "mrcnf-2"
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -65,11 +65,20 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:
         raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
-    if text.get("format") != FORMAT:
-        raise UserError(f"{path} was not written by mrcnf (no {FORMAT!r} mark in its metadata)")
+    _check_format(path, text)
     if text.get("sha256") != _checksum(tensors, text.get("metadata", "")):
         raise UserError(f"{path} is damaged: its checksum does not match its contents")
     return tensors, json.loads(text["metadata"])
+
+
+def _check_format(path: Path, text: dict[str, str]) -> None:
+    found = text.get("format", "")
+    if found != FORMAT and found.startswith("mrcnf-"):
+        raise UserError(
+            f"{path} is of the format {found!r}, this version reads {FORMAT!r}: train the level again"
+        )
+    if found != FORMAT:
+        raise UserError(f"{path} was not written by mrcnf (no {FORMAT!r} mark in its metadata)")
 
 
 def _checksum(tensors: dict[str, Tensor], metadata: str) -> str:
@@ -195,6 +204,7 @@ def load_weights(run: Path | str, level: Level) -> None:
                 f"{path} cannot supply the starting weights: its {key} is {theirs[key]!r}, "
                 f"not {ours[key]!r}"
             )
+    _refuse_other_finest(path, metadata, level.model.finest)
     _fill(level, tensors, path)
 
 
@@ -317,12 +327,8 @@ def extended_config(
             f"the finest level of {run} is {model.finest}: extend it to {2 * model.finest}, "
             f"not {resolution}"
         )
-    if model.dequantisation == "gaussian" and model.pyramid == "exact":
-        raise UserError(
-            f"{run} was trained with Gaussian dequantisation, whose noise is tied to the finest "
-            "resolution; only models with uniform dequantisation, or of integers "
-            "(model.pyramid), can be extended"
-        )
+    for metadata in describe(run).values():
+        _refuse_other_finest(run, metadata, resolution)
     levels = json.dumps([*model.resolutions, resolution])
     # The finest level's starting weights are none for the new level, and other images may have no
     # test split for a curve.
@@ -333,9 +339,30 @@ def extended_config(
 def _metadata(path: Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {})["metadata"])
+            text = file.metadata() or {}
+            _check_format(path, text)
+            return json.loads(text["metadata"])
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{path} is damaged or was not written by mrcnf: {error}") from None
+
+
+def _refuse_other_finest(origin: Path, metadata: dict[str, Any], finest: int) -> None:
+    """Exact means of noise, or of a lattice, depend on how many pixels they are of."""
+    model, field = metadata["model"], metadata["field"]
+    known = model["resolutions"][-1]
+    if model["pyramid"] == "integer" or known == finest:
+        return
+    for tied, name in (
+        (model["dequantisation"] == "gaussian", "model.dequantisation = gaussian"),
+        (field["lattice"], "field.lattice = true"),
+    ):
+        if tied:
+            raise UserError(
+                f"{origin} was trained with {name} for {known}×{known} images, and is of no use in "
+                f"a model of {finest}×{finest}; model.pyramid = integer has no such tie"
+            )
 
 
 def _common_model(found: dict[Path, dict[str, Any]]) -> ModelConfig:
@@ -356,6 +383,7 @@ def _common_model(found: dict[Path, dict[str, Any]]) -> ModelConfig:
                 f"{path} belongs to another model than {first_path}: its base level is "
                 f"{theirs['resolutions'][0]}, not {base}"
             )
+        _refuse_other_finest(path, metadata, max(resolutions))
     steps = [base * 2**i for i in range(len(resolutions))]
     missing = [r for r in steps if r not in resolutions]
     if missing:

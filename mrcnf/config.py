@@ -84,7 +84,7 @@ class TrainConfig:
     """Half-width of the end-time jitter, in t (likelihood objective)."""
     times: str = "mixed"
     """Times of flow matching: uniform, log-uniform, mixed (half each), or likelihood (log-uniform,
-    errors weighted by 1 - t, as in the evidence lower bound)."""
+    errors weighted as in the evidence lower bound)."""
     flip: bool = True
     """Mirror half of the images."""
     crop: int = 0

@@ -106,7 +106,8 @@ class FieldConfig:
     path: str = "straight"
     """Path from data to noise that flow matching follows: straight or variance-preserving."""
     lattice: bool = False
-    """Show the residual field where on the lattice of integers each pixel is."""
+    """Show the residual field where on the lattice of integers each pixel is: at the finest level,
+    or at every level of an integer pyramid. Means of pixels blur their lattice too much."""
 
     def __post_init__(self) -> None:
         if self.kind not in velocity.FIELDS:
@@ -130,7 +131,7 @@ class Level(nn.Module):
     the details (N, 3C, R/2, R/2), given the coarse image (N, C, R/2, R/2).
 
     Args:
-        model: what the levels agree on; `finest` matters to Gaussian dequantisation only.
+        model: what the levels agree on.
         resolution: the side of the images that this level produces.
     """
 
@@ -170,7 +171,7 @@ class Level(nn.Module):
                 f"level {resolution} works on {side}×{side} positions, which cannot be halved "
                 f"{self.field.scales - 1} times; lower field.scales"
             )
-        if self.field.lattice and self._through_logit:
+        if self._integers() and self._through_logit:
             raise UserError(
                 f"level {resolution}: a logit bends the lattice of integers; set "
                 "model.base = affine or field.lattice = false there"
@@ -186,7 +187,7 @@ class Level(nn.Module):
                     self.field.scales,
                     self.field.attention,
                     self.field.path,
-                    self._integers() if self.field.lattice else 0,
+                    self._integers(),
                 )
                 for _ in range(self.field.blocks)
             ],
@@ -218,8 +219,7 @@ class Level(nn.Module):
         x = pyramids.reduce(kind, x, nbits, times)
         if self.is_base:
             return x, None
-        detail, coarse = pyramids.split(kind, x, nbits)
-        return detail, pyramids.condition(kind, coarse, nbits)
+        return pyramids.split(kind, x, nbits)
 
     def merge(self, detail: Tensor, coarse: Tensor) -> Tensor:
         """This level's images from its coefficients and coarse images."""
@@ -245,8 +245,11 @@ class Level(nn.Module):
         return values
 
     def condition(self, coarse: Tensor | None) -> Tensor | None:
-        """The coarse image in the units that the velocity network sees."""
-        return None if coarse is None else (coarse - self.coarse_mean) / self.coarse_std
+        """The coarse image as the velocity network sees it."""
+        if coarse is None:
+            return None
+        known = pyramids.condition(self.model.pyramid, coarse, self.model.nbits)
+        return (known - self.coarse_mean) / self.coarse_std
 
     def prepare(
         self, x: Tensor, clean: Tensor | None = None
@@ -286,9 +289,11 @@ class Level(nn.Module):
         self._set_moments(self.mean, self.std, mix(self.axes, values))
         self.mean.copy_(mix(self.axes.T, self.mean[None])[0])
         if coarse is not None:
-            self._set_moments(self.coarse_mean, self.coarse_std, coarse)
+            known = pyramids.condition(self.model.pyramid, coarse, self.model.nbits)
+            self._set_moments(self.coarse_mean, self.coarse_std, known)
         if self.noisy:
-            self.noise.copy_(self._noise_std() / self.std)
+            # A channel of nothing but noise has no path to follow; this leaves it one.
+            self.noise.copy_((self._noise_std() / self.std).clamp(max=0.9))
         for i, field in enumerate(self.flow.fields):
             noise = self.noise if i == 0 else torch.zeros_like(self.noise)
             field.calibrate(noise, self._cells())  # type: ignore[operator]
@@ -311,26 +316,24 @@ class Level(nn.Module):
         return self.is_base and self.model.base == "logit"
 
     def _integers(self) -> int:
-        """How many integers there are at a position: see `_cells`."""
-        if self.is_base:
-            return self.model.channels
-        return self.model.channels * (4 if self.model.pyramid == "exact" else 3)
+        """How many integers (see `_cells`) at each position the field is to see."""
+        exact = self.model.pyramid == "exact"
+        if not self.field.lattice or (exact and self.resolution < self.model.finest):
+            return 0
+        return self.model.channels * (1 if self.is_base else 4 if exact else 3)
 
     def _cells(self) -> Tensor:
         """The integers at one position from its y, coarse image and 1: see `Field.calibrate`.
 
-        Those are pixels; in the integer pyramid the details are integers themselves. A mean of
-        4^k integers lies on a lattice 4^k times as fine.
+        Those are pixels; in the integer pyramid the details are integers themselves.
         """
         size = len(self.mean) + (0 if self.is_base else len(self.coarse_mean))
         probes = torch.cat((torch.eye(size), torch.zeros(1, size))).to(self.mean)[..., None, None]
         values = self.unstandardise(probes[:, : len(self.mean)])
-        exact = self.model.pyramid == "exact"
-        if exact and not self.is_base:
+        if self.model.pyramid == "exact" and not self.is_base:
             coarse = probes[:, len(self.mean) :] * self.coarse_std + self.coarse_mean
             values = haar.merge(values, coarse)
-        per_cell = (self.model.finest // self.resolution) ** 2 if exact else 1
-        cells = (values.flatten(1) * 2**self.model.nbits - 0.5) * per_cell
+        cells = values.flatten(1) * 2**self.model.nbits - 0.5
         return torch.cat((cells[:-1] - cells[-1], cells[-1:])).T
 
     def _noise_std(self) -> float:

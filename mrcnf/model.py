@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mrcnf import haar, pixels
+from mrcnf import pixels, pyramids
 from mrcnf.errors import UserError
 from mrcnf.flow import Trace
 from mrcnf.level import Level, LevelLikelihood, likelihoods
@@ -155,6 +155,9 @@ class MultiResolutionFlow(nn.Module):
     ) -> Tensor:
         """Draw the finest image of which each given one is the average, to rounding.
 
+        In an integer pyramid it is the coarse image that the S-transform gives (`haar.lift`),
+        exactly, which is up to one grey level a split below the average.
+
         Details that leave the range of pixels are shrunk, patch by patch, until they fit.
 
         Args:
@@ -257,7 +260,9 @@ class MultiResolutionFlow(nn.Module):
                 n, *level.shape, generator=generator, device=self.device, dtype=level.mean.dtype
             )
             finer = level.generate(latent, x, solver)
-            x = haar.contain(finer, x) if contain and x is not None else finer
+            if contain and x is not None:
+                finer = pyramids.contain(self.config.pyramid, finer, x, self.config.nbits)
+            x = finer
             images.append(x)
         return images
 

@@ -88,8 +88,8 @@ def flow_matching(
             as x is y with noise, the paths' points at t = 0; x supplies the coarse image.
         times: distribution of t: "uniform"; "log-uniform", down to 1e-3; "mixed", half each; or
             "likelihood", log-uniform with errors weighted as the evidence lower bound does
-            (`Path.likelihood_weight`). Where the data come with noise, log-uniform is its mean
-            over channels plus t.
+            (`Path.likelihood_weight`). Where the data come with noise, it is
+            log-uniform together with t, in its geometric mean over channels.
 
     Returns:
         the loss, a scalar, and no further parts; with variational dequantisation, whose noise is
@@ -99,7 +99,7 @@ def flow_matching(
     if level.noisy:
         assert clean is not None, "Gaussian dequantisation is matched on clean images"
     y, condition, log_det = level.prepare(x, clean if level.noisy else None)
-    noise = level.noise.mean()
+    noise = level.noise.log().mean().exp()
     t = draw_times(len(y), times, noise, y, generator)
     z = torch.randn(y.shape, generator=generator, device=y.device, dtype=y.dtype)
     path = paths.at(level.field.path, t[:, None, None, None], level.noise)
@@ -155,7 +155,9 @@ class Objective(nn.Module):
         )
         with low_precision:
             if train.objective == "flow-matching":
-                clean = ((images >> (8 - model.nbits)) + 0.5) / 2**model.nbits
+                clean = None
+                if self.level.noisy:
+                    clean = ((images >> (8 - model.nbits)) + 0.5) / 2**model.nbits
                 return flow_matching(
                     self.level, x, clean=clean, times=train.times, generator=generator
                 )

@@ -50,6 +50,26 @@ def reduce(kind: str, x: Tensor, nbits: int, times: int) -> Tensor:
     return x
 
 
+def contain(kind: str, x: Tensor, coarse: Tensor, nbits: int) -> Tensor:
+    """Shrink the details of images x until every pixel is in range; the coarse image stays.
+
+    Exact means stay what they are, and so do the integers that the S-transform gives.
+    """
+    if kind == "exact":
+        return haar.contain(x, coarse)
+    detail, _ = split(kind, x, nbits)
+    (details, noise), (means, _) = _cells(detail, nbits), _cells(coarse, nbits)
+    kept = torch.zeros_like(details)
+    undecided = torch.ones_like(means, dtype=torch.bool)
+    for sixteenth in range(16, 0, -1):  # at 0 all four pixels are the mean
+        shrunk = torch.div(details * sixteenth, 16, rounding_mode="trunc")
+        pixels = torch.stack(haar.patches(haar.unlift(shrunk, means)))
+        fits = undecided & ((pixels >= 0) & (pixels < 2**nbits)).all(0)
+        kept = torch.where(fits.repeat(1, 3, 1, 1), shrunk, kept)
+        undecided &= ~fits
+    return merge(kind, (kept + noise) / 2**nbits, coarse, nbits)
+
+
 def condition(kind: str, coarse: Tensor, nbits: int) -> Tensor:
     """What the finer level is given of a coarse image: all of it, or its integers."""
     return coarse if kind == "exact" else ((coarse * 2**nbits).floor() + 0.5) / 2**nbits
@@ -59,4 +79,6 @@ def _cells(x: Tensor, nbits: int) -> tuple[Tensor, Tensor]:
     """Which cell of the integers' lattice, int32, and where in it, in [0, 1)."""
     cells = x * 2**nbits
     integers = cells.floor()
-    return integers.to(torch.int32), cells - integers
+    # A shade below an integer rounds up to 1 from it; at this end merging stays within the cell.
+    end = 1 - torch.finfo(x.dtype).eps * 2**nbits
+    return integers.to(torch.int32), (cells - integers).clamp(max=end)

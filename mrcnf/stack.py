@@ -73,15 +73,17 @@ class Stack(NamedTuple):
 
     def multiply(self, other: Stack) -> Stack:
         value = self.value * other.value
-        if self.tangents is None or other.tangents is None:
+        if self.tangents is None:
             return Stack(value, None)
+        assert other.tangents is not None
         return Stack(value, self.value * other.tangents + self.tangents * other.value)
 
     def cat(self, other: Stack) -> Stack:
         """The channels of both."""
         value = torch.cat((self.value, other.value), 1)
-        if self.tangents is None or other.tangents is None:
+        if self.tangents is None:
             return Stack(value, None)
+        assert other.tangents is not None
         return Stack(value, torch.cat((self.tangents, other.tangents), 2))
 
 

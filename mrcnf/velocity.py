@@ -290,12 +290,15 @@ class ResidualField(Field):
 def _precondition(path: paths.Path, log_spread: Stack) -> tuple[Stack, Stack]:
     """g and m of `ResidualField` and their derivatives by log q."""
     alpha, beta, wronskian = path.alpha, path.beta, path.wronskian
-    variance = (2 * log_spread.value.to(alpha.dtype)).exp()
+    wild = log_spread.value.to(alpha.dtype)
+    # Further out squares of variances leave the range of single precision.
+    log_spread = log_spread.map(wild.clamp(-15, 15), lambda: (wild.abs() < 15).to(wild.dtype))
+    variance = (2 * log_spread.value).exp()
     total = alpha**2 * variance + beta**2
     gain = (alpha * path.alpha_rate * variance + beta * path.beta_rate) / total
     size = wronskian * (variance / total).sqrt()
     return (
-        log_spread.map(gain, lambda: -2 * alpha * beta * wronskian * variance / total**2),
+        log_spread.map(gain, lambda: -2 * alpha * beta * wronskian * variance / total / total),
         log_spread.map(size, lambda: size * beta**2 / total),
     )
 

@@ -388,11 +388,26 @@ def test_what_a_run_lacks_is_noted(finished, tmp_path):
     ]
 
 
-def test_gaussian_noise_is_tied_to_the_finest_level(tmp_path):
-    noise = "model.dequantisation=gaussian"
-    run = trained(tmp_path / "run", noise, "train.steps=1")
-    with pytest.raises(UserError, match=r"uniform dequantisation.*can be extended"):
+TIED = ["model.dequantisation=gaussian", "field.lattice=true"]
+
+
+@pytest.mark.parametrize("tie", TIED)
+def test_noise_and_lattice_of_means_are_tied_to_the_finest_level(tmp_path, tie):
+    run = trained(tmp_path / "run", tie, "train.steps=1")
+    with pytest.raises(UserError, match=r"for 4×4 images.*model of 8×8; model\.pyramid = integer"):
         checkpoint.extended_config(run, run, 8)
+    shutil.rmtree(run / "level-4")
+    with pytest.raises(UserError, match=r"for 4×4 images.*model of 2×2"):
+        checkpoint.load(run)
     # Integers are integers at every level.
-    run = trained(tmp_path / "integers", noise, "model.pyramid=integer", "train.steps=1")
+    run = trained(tmp_path / "integers", tie, "model.pyramid=integer", "train.steps=1")
     assert checkpoint.extended_config(run, run, 8).model.resolutions == (2, 4, 8)
+
+
+def test_files_of_another_format_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", "mrcnf-1")
+    run = trained(tmp_path / "run", "train.steps=1")
+    monkeypatch.undo()
+    for read in (checkpoint.load, checkpoint.describe):
+        with pytest.raises(UserError, match=r"'mrcnf-1', this version reads.*train the level"):
+            read(run)

@@ -184,11 +184,15 @@ def every_binary_image():
 
 
 @pytest.mark.parametrize("kind", pixels.KINDS)
-@pytest.mark.parametrize("base", ["affine", "logit"])
-def test_bounds_are_below_probabilities_and_samples_agree(base, kind):
+@pytest.mark.parametrize(
+    "base, pyramid", [("affine", "exact"), ("logit", "exact"), ("affine", "integer")]
+)
+def test_bounds_are_below_probabilities_and_samples_agree(base, pyramid, kind):
     """All 16 images of 2×2 bits: P(X) is how often X's cell is sampled, and bounds are below."""
     solver = Solver("rk4", steps=6)
-    model = build((1, 2), nbits=1, base=base, dequantisation=kind, size=0.2, solver=solver)
+    model = build(
+        (1, 2), nbits=1, base=base, pyramid=pyramid, dequantisation=kind, size=0.2, solver=solver
+    )
     for level in model:  # crowd the unit cube
         level.std.mul_(0.7)
     everything, draws, samples = every_binary_image(), 200, 8_000
@@ -375,28 +379,43 @@ def test_a_logit_takes_its_noise_for_data():
     assert model.level(2).noise.max() == 0 < model.level(4).noise.min()
 
 
-@pytest.mark.parametrize("resolution", [2, 4, 8])
-def test_fields_are_told_where_the_integers_are(resolution):
-    """From y and the coarse image to the pixels, in cells of the lattice of their means."""
+def see_lattice(resolutions, resolution, pyramid="exact"):
+    """The integers that a level's field sees in dequantised images, and those images' level."""
     field = FieldConfig(width=4, depth=1, lattice=True)
-    model = build((2, 4, 8), channels=3, field=field)
+    model = build(resolutions, channels=3, field=field, pyramid=pyramid)
     level = model.level(resolution)
-    x = torch.randint(0, 256, (9, 3, 8, 8)).double() / 256
-    level.fit_standardisation(x + 0.5 / 256)
-    values, coarse = level.coefficients(x + 0.5 / 256)
-    y, condition = level.standardise(values)[0], level.condition(coarse)
-    field = level.flow.fields[0]
-    phase = mix(field.lattice.of_y, y) + field.lattice.offset
+    x = (torch.randint(0, 256, (9, 3, 8, 8)).double() + 0.5) / 256
+    level.fit_standardisation(x)
+    y, condition, _ = level.prepare(x)
+    lattice = level.flow.fields[0].lattice
+    if lattice is None:
+        return None, x, level
+    phase = mix(lattice.of_y, y) + lattice.offset
     if condition is not None:
-        phase = phase + mix(field.lattice.of_coarse, condition)
-    cells = phase / (2 * math.pi)
-    # Means of k integers are integers in units of 1/k, half a cell of theirs off or not.
-    per_cell = (8 // resolution) ** 2
-    expected = (haar.reduce(x + 0.5 / 256, int(math.log2(8 // resolution))) * 256 - 0.5) * per_cell
-    if condition is not None:
+        phase = phase + mix(lattice.of_coarse, condition)
+    return phase / (2 * math.pi), x, level
+
+
+@pytest.mark.parametrize("resolutions", [(8,), (4, 8)])
+def test_fields_are_told_where_the_pixels_are(resolutions):
+    found, x, _ = see_lattice(resolutions, 8)
+    expected = x * 256 - 0.5
+    if len(resolutions) > 1:
         expected = F.pixel_unshuffle(expected, 2)
-    torch.testing.assert_close(cells, expected, rtol=0, atol=1e-8)
-    torch.testing.assert_close(cells, cells.round(), rtol=0, atol=1e-8)
+    assert sorted(found.flatten().round().tolist()) == sorted(expected.flatten().tolist())
+    torch.testing.assert_close(found, found.round(), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("resolution", [2, 4, 8])
+def test_fields_of_integers_are_told_where_those_are(resolution):
+    found, x, level = see_lattice((2, 4, 8), resolution, "integer")
+    values, _ = level.coefficients(x)
+    torch.testing.assert_close(found, values * 256 - 0.5, rtol=0, atol=1e-8)
+    torch.testing.assert_close(found, found.round(), rtol=0, atol=1e-8)
+
+
+def test_means_have_no_lattice_to_see():
+    assert see_lattice((2, 4, 8), 4)[0] is None
 
 
 @pytest.mark.parametrize("kind", pixels.KINDS)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from fields import awake
 
 from mrcnf import haar, pixels, pyramids
 from mrcnf.config import Config, TrainConfig
@@ -41,23 +42,26 @@ def test_merging_undoes_splitting(kind, nbits):
 @EVERY_KIND
 def test_splitting_keeps_volumes(kind):
     """|det| of the Jacobian is 1: the integer form moves cells about, and noise within them."""
-    x = dequantised(integers(1, side=2))
+    x = dequantised(integers(1, side=4))
 
     def flat(v):
-        return torch.cat([part.flatten() for part in haar.split(v)])
+        return torch.cat([part.flatten() for part in pyramids.split(kind, v, 8)])
 
-    if kind == "integer":
+    jacobian = torch.autograd.functional.jacobian(flat, x).reshape(48, 48)
+    assert jacobian.det().abs() == pytest.approx(1, abs=1e-9)
 
-        def flat(v):
-            cells = v * 256
-            noise = cells - cells.detach().floor()  # the integers do not move
-            first, *others = haar.patches(noise)
-            return torch.cat([o.flatten() for o in (*others, first)]) / 256
 
-        moved = torch.cat([part.flatten() for part in pyramids.split(kind, x, 8)])
-        torch.testing.assert_close((moved * 256) % 1, (flat(x) * 256) % 1, rtol=0, atol=1e-9)
-    jacobian = torch.autograd.functional.jacobian(flat, x).reshape(12, 12)
-    assert jacobian.det().abs() == pytest.approx(1, abs=1e-12)
+@pytest.mark.parametrize("nbits", range(1, 9))
+def test_single_precision_keeps_every_integer(nbits):
+    x = integers(64, nbits=nbits)
+    for u in (0.0, 0.5, 1 - torch.finfo(torch.float32).eps * 2**nbits):
+        noisy = ((x + u) / 2**nbits).float()
+        detail, coarse = pyramids.split("integer", noisy, nbits)
+        details, means = haar.lift(x.to(torch.int32))
+        assert torch.equal((detail * 2**nbits).floor(), details.float())
+        assert torch.equal((coarse * 2**nbits).floor(), means.float())
+        back = pyramids.merge("integer", detail, coarse, nbits)
+        assert torch.equal((back * 2**nbits).floor(), x.float())
 
 
 def test_integer_levels_are_of_the_lifted_integers_and_keep_the_noise():
@@ -77,11 +81,14 @@ def test_integer_levels_are_given_integers():
     model = ModelConfig(resolutions=(2, 4, 8), channels=3, pyramid="integer")
     level = Level(model, 4).double()
     x = integers()
-    _, first = level.coefficients((x.double() + 0.1) / 256)
-    detail, second = level.coefficients((x.double() + 0.9) / 256)
-    assert torch.equal(first, second)
+    _, coarse = level.coefficients((x.double() + 0.1) / 256)
+    detail, other = level.coefficients((x.double() + 0.9) / 256)
+    assert not torch.equal(coarse, other)
+    assert torch.equal(level.condition(coarse), level.condition(other))
     _, coarser = haar.lift(haar.lift(x.to(torch.int32))[1])
-    torch.testing.assert_close(first * 256 - 0.5, coarser.double(), rtol=0, atol=1e-9)
+    # Untrained levels do not standardise.
+    known = level.condition(coarse) * 256 - 0.5
+    torch.testing.assert_close(known, coarser.double(), rtol=0, atol=1e-9)
     torch.testing.assert_close(detail * 256 % 1, torch.full_like(detail, 0.9), rtol=0, atol=1e-9)
 
 
@@ -92,21 +99,56 @@ def test_reducing_is_splitting_again_and_again():
     assert torch.equal(pyramids.reduce("integer", x, 8, 2), coarse)
 
 
-@pytest.mark.parametrize("noise", pixels.KINDS)
-def test_a_model_of_integers_decodes_what_it_encodes(noise):
+def awake_model(noise="uniform"):
+    """Three levels of random weights: fields that listen to their coarse images."""
     config = ModelConfig(
         resolutions=(2, 4, 8), channels=3, pyramid="integer", dequantisation=noise
     )
-    solver = Solver("rk4", steps=16)
-    field = FieldConfig(width=4, depth=1, lattice=True)
+    field = FieldConfig(width=4, depth=1)
+    solver = Solver("rk4", steps=20)
     levels = [Level(config, r, field, solver, Trace("exact")) for r in config.resolutions]
-    model = MultiResolutionFlow(levels).double()
+    model = awake(MultiResolutionFlow(levels), size=0.05)
     images = integers().to(torch.uint8)
     for level in model:
-        level.fit_standardisation(pixels.dequantise(images, kind=noise, dtype=torch.float64)[0])
-    assert torch.equal(model.decode(model.encode(images)), images)
-    assert model.bits_per_dim(images).isfinite().all()
-    assert model.sample(2).shape == (2, 3, 8, 8)
+        x, _ = pixels.dequantise(images, kind=config.pixel_noise, dtype=torch.float64)
+        level.fit_standardisation(x)
+    return model, images
+
+
+@pytest.mark.parametrize("noise", pixels.KINDS)
+def test_a_model_of_integers_decodes_what_it_encodes(noise):
+    model, images = awake_model(noise)
+    generator = torch.Generator().manual_seed(5)
+    assert torch.equal(model.decode(model.encode(images, generator=generator)), images)
+
+
+def test_upscaling_integers_keeps_them():
+    model, images = awake_model()
+    small = images[:, :, :2, :2]
+    generator = torch.Generator().manual_seed(6)
+    grown = model.upscale(small, temperature=3.0, generator=generator)
+    assert grown.float().std() > small.float().std() / 4
+    _, half = haar.lift(grown.to(torch.int32))
+    _, quarter = haar.lift(half)
+    assert torch.equal(quarter, small.to(torch.int32))
+
+
+def test_contained_integers_are_in_range_and_those_that_fit_stay():
+    x = integers(20)
+    _, coarse = pyramids.split("integer", dequantised(x), 8)
+    wild = pyramids.merge("integer", *[
+        v + (torch.randint(-40, 41, v.shape) / 256 if i == 0 else 0)
+        for i, v in enumerate(pyramids.split("integer", dequantised(x), 8))
+    ], 8)  # fmt: skip
+    assert wild.min() < 0 and wild.max() > 1
+    found = pyramids.contain("integer", wild, coarse, 8)
+    assert found.min() >= 0 and found.max() < 1
+    _, means = haar.lift((found * 256).floor().to(torch.int32))
+    assert torch.equal(means.double(), (coarse * 256).floor())
+    fine = ((wild >= 0) & (wild < 1)).double()
+    whole = torch.nn.functional.avg_pool2d(fine, 2).eq(1).repeat_interleave(2, 2)
+    whole = whole.repeat_interleave(2, 3)
+    torch.testing.assert_close(found[whole], wild[whole], rtol=0, atol=1e-12)
 
 
 def test_unknown_pyramids_are_refused():

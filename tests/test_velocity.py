@@ -120,6 +120,20 @@ def test_a_field_that_knows_the_spread_knows_the_density(path, noise):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("t", [0.0, 1e-4, 0.5, 1.0])
+@pytest.mark.parametrize("log_spread", [-60.0, -14.0, 14.0, 60.0])
+def test_wild_spreads_stay_finite_in_single_precision(log_spread, t):
+    field = ResidualField(2, width=4, depth=1)
+    with torch.no_grad():
+        field.last.bias[2:] = log_spread
+    stack = Stack(torch.randn(1, 2, 4, 4), torch.randn(1, 1, 2, 4, 4))
+    for part in field.run(torch.tensor(t), stack, None):
+        assert part.isfinite().all()
+        field.zero_grad()
+        part.sum().backward(retain_graph=True)
+        assert all(p.grad is None or p.grad.isfinite().all() for p in field.parameters())
+
+
 @pytest.mark.parametrize("name", FIELDS)
 def test_times_of_their_own_equal_a_loop(name):
     field, y, coarse = case(name)
