@@ -25,8 +25,8 @@ for row; do
     overrides=$(settings "$row")
     for level in 32 16 8; do
         mrcnf train experiments/ablation.toml --level $level --resume --out "$out/$row" \
-            --data.root "$data" train.evaluate_every=0 $overrides
+            --data.root "$data" train.evaluate_every=0 solver.steps=60 $overrides
     done
-    mrcnf evaluate "$out/$row" --data.root "$data" --limit 512 --convergence \
+    mrcnf evaluate "$out/$row" --data.root "$data" --limit 512 \
         --json "$out/$row/evaluation.json"
 done
