@@ -75,7 +75,7 @@ def _check_format(path: Path, text: dict[str, str]) -> None:
     found = text.get("format", "")
     if found != FORMAT and found.startswith("mrcnf-"):
         raise UserError(
-            f"{path} is of the format {found!r}, this version reads {FORMAT!r}: train the level again"
+            f"{path} is of the format {found!r}, this version reads {FORMAT!r}: train it again"
         )
     if found != FORMAT:
         raise UserError(f"{path} was not written by mrcnf (no {FORMAT!r} mark in its metadata)")

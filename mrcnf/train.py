@@ -153,8 +153,9 @@ class Trainer:
             checkpoint.load_weights(self.train.init, self.level)
         if self.train.compile:
             runtime.require_compiler(self.device)
-            for field in self.level.flow.fields:
-                field.compile()
+            for part in (*self.level.flow.fields, self.level.dequantiser):
+                if part is not None:
+                    part.compile()
         objective = objectives.Objective(self.level, config)
         self.objective = DistributedDataParallel(objective) if self.world > 1 else objective
         self.images = images.pixels.to(self.device)

@@ -409,5 +409,5 @@ def test_files_of_another_format_say_so(tmp_path, monkeypatch):
     run = trained(tmp_path / "run", "train.steps=1")
     monkeypatch.undo()
     for read in (checkpoint.load, checkpoint.describe):
-        with pytest.raises(UserError, match=r"'mrcnf-1', this version reads.*train the level"):
+        with pytest.raises(UserError, match=r"'mrcnf-1', this version reads.*train it again"):
             read(run)
