@@ -67,7 +67,7 @@ def paper_model(device: str, batch: int, steps: int, count: int = 512) -> Worklo
     """The paper's three levels of 8, 16 and 32, two blocks each: 509,604 parameters."""
     torch.manual_seed(0)
     found, source = images(32, max(count, batch))
-    config = ModelConfig(channels=3, base="logit")
+    config = ModelConfig(channels=3, base="logit", whiten=False)  # as published
     model = MultiResolutionFlow([Level(config, r, FIELD) for r in config.resolutions])
     x, log_q = pixels.dequantise(found, generator=torch.Generator().manual_seed(0))
     for level in model:
@@ -88,7 +88,7 @@ def single_level(resolution: int, device: str, count: int) -> tuple[Level, Tenso
     """A detail level of any resolution, awake but untrained, and images for it."""
     torch.manual_seed(0)
     found, _ = images(resolution, max(count, 16))
-    config = ModelConfig(resolutions=(resolution // 2, resolution), channels=3)
+    config = ModelConfig(resolutions=(resolution // 2, resolution), channels=3, whiten=False)
     level = Level(config, resolution, FIELD)
     x, log_q = pixels.dequantise(found, generator=torch.Generator().manual_seed(0))
     level.fit_standardisation(x)
