@@ -294,9 +294,10 @@ class Level(nn.Module):
         if self.noisy:
             # A channel of nothing but noise has no path to follow; this leaves it one.
             self.noise.copy_((self._noise_std() / self.std).clamp(max=0.9))
+        cells = self._cells()
         for i, field in enumerate(self.flow.fields):
             noise = self.noise if i == 0 else torch.zeros_like(self.noise)
-            field.calibrate(noise, self._cells())  # type: ignore[operator]
+            field.calibrate(noise, cells)  # type: ignore[operator]
 
     @staticmethod
     def _set_moments(mean: Tensor, std: Tensor, values: Tensor) -> None:
