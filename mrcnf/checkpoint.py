@@ -355,7 +355,10 @@ def _refuse_other_finest(origin: Path, metadata: dict[str, Any], finest: int) ->
     if model["pyramid"] == "integer" or known == finest:
         return
     for tied, name in (
-        (model["dequantisation"] == "gaussian", "model.dequantisation = gaussian"),
+        (
+            model["dequantisation"] != "uniform",
+            f"model.dequantisation = {model['dequantisation']}",
+        ),
         (field["lattice"], "field.lattice = true"),
     ):
         if tied:

@@ -82,9 +82,13 @@ class TrainConfig:
     """Weight of the Jacobian's squared Frobenius norm (likelihood objective)."""
     steer: float = 0.0
     """Half-width of the end-time jitter, in t (likelihood objective)."""
-    times: str = "mixed"
-    """Times of flow matching: uniform, log-uniform, mixed (half each), or likelihood (log-uniform,
-    errors weighted as in the evidence lower bound)."""
+    times: str = "logit-normal"
+    """Times of flow matching: logit-normal, uniform, log-uniform, mixed (half each of those two), or
+    likelihood (log-uniform, errors weighted as in the evidence lower bound)."""
+    times_centre: float = -1.0
+    """Mean of log t/(1-t) of logit-normal times."""
+    times_spread: float = 1.2
+    """Standard deviation of log t/(1-t) of logit-normal times."""
     flip: bool = True
     """Mirror half of the images."""
     crop: int = 0
@@ -117,7 +121,8 @@ class TrainConfig:
         _one_of("train.schedule", self.schedule, ("cosine", "constant"))
         _one_of("train.precision", self.precision, ("float32", "bfloat16"))
         for name in ("steps", "batch", "micro_batches", "log_every", "checkpoint_every",
-                     "learning_rate", "clip", "skip_above", "max_skipped"):  # fmt: skip
+                     "learning_rate", "clip", "skip_above", "max_skipped",
+                     "times_spread"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise UserError(f"train.{name} must be positive, got {getattr(self, name)}")
         for name in ("ema", "beta2", "steer"):
@@ -177,14 +182,6 @@ class Config:
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     level: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Tables by resolution that replace entries of the sections above."""
-
-    def __post_init__(self) -> None:
-        train, learned = self.train, self.model.dequantisation == "variational"
-        if learned and train.objective == "flow-matching" and train.times != "likelihood":
-            raise UserError(
-                "model.dequantisation = variational is trained on the evidence lower bound; "
-                "set train.times = likelihood"
-            )
 
     def at_level(self, resolution: int) -> Config:
         """The configuration of one level: its own table merged in, other levels' left out."""

@@ -39,7 +39,8 @@ class ModelConfig:
     pyramid: str = "exact"
     """From an image to a coarser one: exact means, or integer ones, each level by itself."""
     dequantisation: str = "uniform"
-    """Noise in the cells: uniform, gaussian, or variational (learned, in an integer pyramid)."""
+    """Noise in the cells: uniform, gaussian, or variational (learned: by the finest level in what
+    leaves means as they are, or by every level of an integer pyramid)."""
     whiten: bool = True
     """Turn each level's channels to their principal axes before they are scaled to unit variance;
     false scales them as they are."""
@@ -63,11 +64,6 @@ class ModelConfig:
             raise UserError(
                 f"model.dequantisation {self.dequantisation!r}: choose one of "
                 f"{', '.join(DEQUANTISATIONS)}"
-            )
-        if self.dequantisation == "variational" and self.pyramid != "integer":
-            raise UserError(
-                "model.dequantisation = variational gives each level noise of its own; "
-                "set model.pyramid = integer"
             )
         if self.base not in BASES:
             raise UserError(f"model.base {self.base!r}: choose one of {', '.join(BASES)}")
@@ -193,11 +189,11 @@ class Level(nn.Module):
             ],
             name=f"level {resolution}",
         )
-        self.dequantiser = (
-            Dequantiser(channels, coarse_channels)
-            if model.dequantisation == "variational"
-            else None
-        )
+        exact = model.pyramid == "exact"
+        self.dequantiser = None
+        if model.dequantisation == "variational" and not (exact and resolution < model.finest):
+            pairs = model.channels if exact and not self.is_base else 0
+            self.dequantiser = Dequantiser(channels, coarse_channels, pairs)
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("axes", torch.eye(channels))
         self.register_buffer("std", torch.ones(channels, 1, 1))
@@ -266,11 +262,19 @@ class Level(nn.Module):
         if self.dequantiser is None:
             y, log_det = self.standardise(values)
             return y, condition, log_det
-        scale = 2**self.model.nbits
-        integers = (values * scale).floor()
-        seen, _ = self.standardise((integers + 0.5) / scale)
-        noise, log_rise = self.dequantiser(values * scale - integers, seen, condition)
-        y, log_det = self.standardise((integers + noise) / scale)
+        # The noise is the pixels' at the finest level of an exact pyramid, else the coefficients'.
+        of_pixels, scale = self.model.pyramid == "exact", 2**self.model.nbits
+        cells = (x if of_pixels else values) * scale
+        integers = cells.floor()
+
+        def flow_units(cells: Tensor) -> tuple[Tensor, Tensor]:
+            found = cells / scale
+            return self.standardise(self.coefficients(found)[0] if of_pixels else found)
+
+        noise, log_rise = self.dequantiser(
+            cells - integers, flow_units(integers + 0.5)[0], condition
+        )
+        y, log_det = flow_units(integers + noise)
         return y, condition, log_det + log_rise
 
     @torch.no_grad()

@@ -7,9 +7,10 @@ minimise, in a form that needs one backward pass.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mrcnf import paths, pixels
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     from mrcnf.config import Config
 
 OBJECTIVES = ("flow-matching", "likelihood")
-TIMES = ("mixed", "uniform", "log-uniform", "likelihood")
+TIMES = ("logit-normal", "mixed", "uniform", "log-uniform", "likelihood")
 SHORTEST_TIME = 1e-3
+NOISE_SHARE = 8
 
 
 def likelihood(
@@ -73,7 +75,9 @@ def flow_matching(
     x: Tensor,
     *,
     clean: Tensor | None = None,
-    times: str = "mixed",
+    times: str = "logit-normal",
+    centre: float = -1.0,
+    spread: float = 1.2,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean squared error of the velocity along paths from data to noise.
@@ -86,10 +90,13 @@ def flow_matching(
         x: dequantised images (N, C, H, W).
         clean: images at the centres of their cells. With Gaussian dequantisation they supply y,
             as x is y with noise, the paths' points at t = 0; x supplies the coarse image.
-        times: distribution of t: "uniform"; "log-uniform", down to 1e-3; "mixed", half each; or
-            "likelihood", log-uniform with errors weighted as the evidence lower bound does
+        times: distribution of t: "logit-normal", log t/(1-t) being normal (Esser et al. 2024,
+            §3.1), which leaves out the times at which nothing, or nothing more, can be told of
+            the noise; "uniform"; "log-uniform", down to 1e-3; "mixed", half of each of these two;
+            or "likelihood", log-uniform with errors weighted as the evidence lower bound does
             (`Path.likelihood_weight`). Where the data come with noise, it is
             log-uniform together with t, in its geometric mean over channels.
+        centre, spread: mean and standard deviation of that normal.
 
     Returns:
         the loss, a scalar, and no further parts; with variational dequantisation, whose noise is
@@ -99,8 +106,14 @@ def flow_matching(
     if level.noisy:
         assert clean is not None, "Gaussian dequantisation is matched on clean images"
     y, condition, log_det = level.prepare(x, clean if level.noisy else None)
-    noise = level.noise.log().mean().exp()
-    t = draw_times(len(y), times, noise, y, generator)
+    n, noise = len(y), level.noise.log().mean().exp()
+    t = draw_times(n, times, noise, y, generator, centre=centre, spread=spread)
+    if level.dequantiser is not None and times != "likelihood":
+        shaping = -(-n // NOISE_SHARE)
+        early = draw_times(shaping, "log-uniform", noise, y, generator)
+        t = torch.cat((early, t[shaping:]))
+        weights = paths.at(level.field.path, early, noise).likelihood_weight * early
+        y = _ScaleGradient.apply(y, F.pad(weights, (0, n - shaping)) * (n / shaping))
     z = torch.randn(y.shape, generator=generator, device=y.device, dtype=y.dtype)
     path = paths.at(level.field.path, t[:, None, None, None], level.noise)
     predicted = level.flow.fields[0](t, path.point(y, z), condition)
@@ -115,8 +128,29 @@ def flow_matching(
     return loss + log_det / math.log(SHORTEST_TIME), {"log_det": log_det.detach()}
 
 
+class _ScaleGradient(torch.autograd.Function):
+    """y itself, whose gradient is multiplied by a number for each of its rows."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, factors: Tensor) -> Tensor:
+        ctx.save_for_backward(factors)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (factors,) = ctx.saved_tensors
+        return gradient * factors[:, None, None, None], None
+
+
 def draw_times(
-    n: int, kind: str, noise: Tensor, like: Tensor, generator: torch.Generator | None = None
+    n: int,
+    kind: str,
+    noise: Tensor,
+    like: Tensor,
+    generator: torch.Generator | None = None,
+    *,
+    centre: float = -1.0,
+    spread: float = 1.2,
 ) -> Tensor:
     """n times in [0, 1], stratified over the batch; of `TIMES`, see `flow_matching`."""
     if kind not in TIMES:
@@ -126,6 +160,8 @@ def draw_times(
     uniform = (order.to(like.dtype) + jitter) / n
     if kind == "uniform":
         return uniform
+    if kind == "logit-normal":
+        return (centre + spread * torch.special.ndtri(uniform)).sigmoid()
     lowest = noise.clamp_min(SHORTEST_TIME)
     log_uniform = (lowest.log() * (1 - uniform)).exp()
     log_uniform = ((log_uniform - noise) / (1 - noise)).clamp(0, 1)

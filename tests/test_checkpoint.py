@@ -388,7 +388,11 @@ def test_what_a_run_lacks_is_noted(finished, tmp_path):
     ]
 
 
-TIED = ["model.dequantisation=gaussian", "field.lattice=true"]
+TIED = [
+    "model.dequantisation=gaussian",
+    "model.dequantisation=variational",
+    "field.lattice=true",
+]
 
 
 @pytest.mark.parametrize("tie", TIED)

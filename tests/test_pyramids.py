@@ -1,19 +1,14 @@
 """The two pyramids: what both promise, and what the integer one adds."""
 
-import math
-
 import pytest
 import torch
 from fields import awake
 
 from mrcnf import haar, pixels, pyramids
-from mrcnf.config import Config, TrainConfig
-from mrcnf.dequantiser import Dequantiser
 from mrcnf.errors import UserError
 from mrcnf.flow import Trace
 from mrcnf.level import FieldConfig, Level, ModelConfig
 from mrcnf.model import MultiResolutionFlow
-from mrcnf.objectives import SHORTEST_TIME, flow_matching
 from mrcnf.solve import Solver
 
 EVERY_KIND = pytest.mark.parametrize("kind", pyramids.KINDS)
@@ -154,114 +149,3 @@ def test_contained_integers_are_in_range_and_those_that_fit_stay():
 def test_unknown_pyramids_are_refused():
     with pytest.raises(UserError, match=r"'lifting'.*exact, integer"):
         ModelConfig(pyramid="lifting")
-
-
-# -- variational dequantisation ---------------------------------------------------------------
-
-
-def shaped(size=0.05, channels=2, coarse_channels=1):
-    dequantiser = Dequantiser(channels, coarse_channels).double()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in dequantiser.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter += size * noise
-    return dequantiser
-
-
-def cells(n=2):
-    generator = torch.Generator().manual_seed(4)
-    u = torch.rand(n, 2, 4, 4, generator=generator, dtype=torch.float64)
-    y = torch.randn(n, 2, 4, 4, generator=generator, dtype=torch.float64)
-    return u, y, torch.randn(n, 1, 4, 4, generator=generator, dtype=torch.float64)
-
-
-def test_noise_is_uniform_until_it_is_trained():
-    u, y, coarse = cells()
-    bent, log_rise = Dequantiser(2, 1).double()(u, y, coarse)
-    torch.testing.assert_close(bent, u)
-    torch.testing.assert_close(log_rise, torch.zeros(2, dtype=torch.float64))
-
-
-def test_the_noise_stays_in_its_cell_and_its_density_is_known():
-    dequantiser, (u, y, coarse) = shaped(), cells()
-    bent, log_rise = dequantiser(u, y, coarse)
-    assert bent.min() > 0 and bent.max() < 1 and (bent - u).abs().max() > 0.01
-    jacobian = torch.autograd.functional.jacobian(lambda v: dequantiser(v, y, coarse)[0], u)
-    log_det = torch.stack([jacobian[i, :, :, :, i].reshape(32, 32).logdet() for i in range(2)])
-    torch.testing.assert_close(log_rise, log_det)
-
-
-def test_the_edges_of_the_cell_stay_finite():
-    dequantiser, (u, y, coarse) = shaped(0.3), cells()
-    for edge in (0.0, 1 - 1e-16):
-        bent, log_rise = dequantiser(torch.full_like(u, edge), y, coarse)
-        assert bent.min() > 0 and bent.max() < 1 and log_rise.isfinite().all()
-
-
-def test_shaped_noise_reaches_what_uniform_noise_cannot():
-    """Pixels in two values whose cells a smooth density cannot fill: a bound falls, not its truth.
-
-    The flow is the identity, so the density is normal; the best noise for it makes the bound
-    tight, at log of the cells' probability.
-    """
-    config = ModelConfig(
-        resolutions=(2,), channels=1, pyramid="integer", dequantisation="variational"
-    )
-    level = Level(config, 2, FieldConfig(width=4, depth=1)).double()
-    level.std.fill_(0.7 / 256)
-    level.mean.fill_(128 / 256)
-    images = torch.randint(126, 130, (500, 1, 2, 2), generator=torch.Generator().manual_seed(0))
-
-    def bound(seed=1):
-        x = dequantised(images, seed=seed)
-        log_prob = level.log_prob(x, solver=Solver(steps=1)).log_prob
-        return pixels.log_prob_of_integers(log_prob, torch.zeros(()), 4).mean()
-
-    normal = torch.distributions.Normal(128.0, torch.tensor(0.7, dtype=torch.float64))
-    probability = normal.cdf(images + 1.0) - normal.cdf(images.double())
-    truth = probability.log().flatten(1).sum(1).mean()
-    before = bound().item()
-    optimiser = torch.optim.Adam(level.dequantiser.parameters(), lr=3e-3)
-    for step in range(60):
-        optimiser.zero_grad()
-        (-bound(2 + step)).backward()
-        optimiser.step()
-    after = bound().item()
-    assert before < truth - 0.05
-    assert truth - 0.25 * (truth - before) < after < truth + 0.02
-
-
-def test_flow_matching_trains_the_noise_on_the_same_bound():
-    """The gradient by the dequantiser of the loss is that of the evidence lower bound.
-
-    With a field that is exact for normal data the bound is the likelihood, whose gradient
-    differentiation through the flow gives as well.
-    """
-    torch.manual_seed(0)
-    config = ModelConfig(
-        resolutions=(2,), channels=1, pyramid="integer", dequantisation="variational", whiten=False
-    )
-    level = Level(config, 2, FieldConfig(width=4, depth=1)).double()  # F = 0: a standard normal's
-    level.std.fill_(0.7 / 256)
-    level.mean.fill_(128 / 256)
-    shape = level.dequantiser.net[-1].bias
-    images = torch.randint(126, 130, (40_000, 1, 2, 2))
-    x = dequantised(images)
-    loss, _ = flow_matching(level, x, times="likelihood")
-    nats = -math.log(SHORTEST_TIME) * loss
-    (found,) = torch.autograd.grad(nats, shape)
-    likelihood = level.log_prob(x, solver=Solver(steps=1)).log_prob.mean() / level.dims
-    (expected,) = torch.autograd.grad(-likelihood, shape)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
-    assert expected.abs().max() > 0.05
-
-
-def test_learned_noise_needs_levels_of_their_own_and_the_bound():
-    with pytest.raises(UserError, match=r"set model\.pyramid = integer"):
-        ModelConfig(dequantisation="variational")
-    model = ModelConfig(pyramid="integer", dequantisation="variational")
-    with pytest.raises(UserError, match=r"set train\.times = likelihood"):
-        Config(model=model)
-    Config(model=model, train=TrainConfig(times="likelihood"))
-    Config(model=model, train=TrainConfig(objective="likelihood"))
