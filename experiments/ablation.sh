@@ -11,9 +11,11 @@ settings() {
         adam) echo train.optimizer=adam train.learning_rate=2e-3 ;;
         no-decay) echo train.weight_decay=0 ;;
         scaled) echo model.whiten=false ;;
+        mixed-times) echo train.times=mixed ;;
         uniform-times) echo train.times=uniform ;;
         log-uniform-times) echo train.times=log-uniform ;;
         likelihood-times) echo train.times=likelihood ;;
+        variational) echo model.dequantisation=variational ;;
         variance-preserving) echo field.path=variance-preserving ;;
         lattice) echo field.lattice=true ;;
         no-average) echo train.ema=0 ;;
@@ -31,9 +33,9 @@ settings() {
         *) echo "there is no row $1" >&2; exit 2 ;;
     esac
 }
-[ $# -gt 0 ] || set -- default adam no-decay scaled uniform-times log-uniform-times \
-    likelihood-times variance-preserving lattice no-average float32 batch-64 attention u-shaped \
-    deep longer likelihood
+[ $# -gt 0 ] || set -- default variational mixed-times uniform-times log-uniform-times \
+    likelihood-times adam no-decay scaled variance-preserving lattice no-average float32 batch-64 \
+    attention u-shaped deep longer likelihood
 runs=""
 for row; do
     overrides=$(settings "$row")

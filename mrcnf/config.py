@@ -83,7 +83,7 @@ class TrainConfig:
     steer: float = 0.0
     """Half-width of the end-time jitter, in t (likelihood objective)."""
     times: str = "logit-normal"
-    """Times of flow matching: logit-normal, uniform, log-uniform, mixed (half each of those two), or
+    """Times of flow matching: logit-normal, uniform, log-uniform, mixed (half of either), or
     likelihood (log-uniform, errors weighted as in the evidence lower bound)."""
     times_centre: float = -1.0
     """Mean of log t/(1-t) of logit-normal times."""

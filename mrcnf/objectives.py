@@ -98,10 +98,14 @@ def flow_matching(
             log-uniform together with t, in its geometric mean over channels.
         centre, spread: mean and standard deviation of that normal.
 
+    Variational dequantisation is trained along: its noise on the evidence lower bound, in nats per
+    dimension over log 1000, at likelihood times whatever `times` are. An eighth of the batch
+    has such times then, the first one, and from the others the noise learns nothing; the
+    field learns from all of them alike, and nothing of it changes with the noise's weights.
+
     Returns:
-        the loss, a scalar, and no further parts; with variational dequantisation, whose noise is
-        trained along, the loss is the evidence lower bound, in nats per dimension over
-        log 1000, and `log_det` is the part of it that is not an error of the velocity.
+        the loss, a scalar, and no further parts; with variational dequantisation, what the noise
+        adds to the loss beside errors of the velocity comes from `log_det`, nats per dimension.
     """
     if level.noisy:
         assert clean is not None, "Gaussian dequantisation is matched on clean images"
@@ -195,7 +199,13 @@ class Objective(nn.Module):
                 if self.level.noisy:
                     clean = ((images >> (8 - model.nbits)) + 0.5) / 2**model.nbits
                 return flow_matching(
-                    self.level, x, clean=clean, times=train.times, generator=generator
+                    self.level,
+                    x,
+                    clean=clean,
+                    times=train.times,
+                    centre=train.times_centre,
+                    spread=train.times_spread,
+                    generator=generator,
                 )
             return likelihood(
                 self.level,
