@@ -372,7 +372,7 @@ def _common_model(found: dict[Path, dict[str, Any]]) -> ModelConfig:
     """The configuration that all levels share, with the resolutions that are at hand."""
     resolutions = tuple(metadata["resolution"] for metadata in found.values())
     first_path, first = next(iter(found.items()))
-    base = min(metadata["model"]["resolutions"][0] for metadata in found.values())
+    base = first["model"]["resolutions"][0]
     for path, metadata in found.items():
         theirs = metadata["model"]
         for key in ("channels", "nbits", "pyramid", "dequantisation", "base"):
@@ -381,10 +381,10 @@ def _common_model(found: dict[Path, dict[str, Any]]) -> ModelConfig:
                     f"{path} belongs to another model than {first_path}: {key} is {theirs[key]!r}, "
                     f"not {first['model'][key]!r}"
                 )
-        if theirs["resolutions"][0] != base:
+        if metadata is not first and theirs["resolutions"][0] == metadata["resolution"]:
             raise UserError(
-                f"{path} belongs to another model than {first_path}: its base level is "
-                f"{theirs['resolutions'][0]}, not {base}"
+                f"{path} belongs to another model than {first_path}: it is a base level, which "
+                "knows of no coarser one"
             )
         _refuse_other_finest(path, metadata, max(resolutions))
     steps = [base * 2**i for i in range(len(resolutions))]

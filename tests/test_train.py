@@ -476,6 +476,16 @@ def test_compiling_without_a_compiler_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_times_are_drawn_as_the_settings_say(tmp_path, monkeypatch):
+    drawn, draw = [], objectives.draw_times
+    monkeypatch.setattr(
+        objectives, "draw_times", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1]
+    )
+    trainer_of(tmp_path, "train.times_centre=3", "train.times_spread=0.001").step()
+    (times,) = drawn
+    torch.testing.assert_close(times.logit(), torch.full_like(times, 3.0), rtol=0, atol=0.01)
+
+
 OBJECTIVES = {
     "flow-matching": [],
     "likelihood": ["train.objective=likelihood"],
