@@ -39,6 +39,7 @@ from mrcnf.solve import Solver
 WEIGHTS, STATE, PREVIOUS = "weights.safetensors", "state.safetensors", "state.previous.safetensors"
 CONFIG = "config.toml"
 FORMAT = "mrcnf-2"
+_NOISE = "dequantiser."
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -197,8 +198,10 @@ def load_weights(run: Path | str, level: Level) -> None:
     theirs = {"field": metadata["field"], **metadata["model"]}
     ours["base level"] = level.is_base
     theirs["base level"] = theirs["resolutions"][0] == metadata["resolution"]
+    ours["learned noise"] = level.dequantiser is not None
+    theirs["learned noise"] = any(name.startswith(_NOISE) for name in tensors)
     for key in ("field", "channels", "nbits", "pyramid", "dequantisation", "whiten", "base",
-                "base level"):  # fmt: skip
+                "base level", "learned noise"):  # fmt: skip
         if theirs[key] != ours[key]:
             raise UserError(
                 f"{path} cannot supply the starting weights: its {key} is {theirs[key]!r}, "
@@ -237,6 +240,9 @@ def _build(
 
 
 def _fill(level: Level, tensors: dict[str, Tensor], path: Path) -> None:
+    if level.model.dequantisation == "variational" and level.dequantiser is None:
+        # Learned for cells of pixels that are means of finer ones by now.
+        tensors = {name: t for name, t in tensors.items() if not name.startswith(_NOISE)}
     try:
         level.load_state_dict({k: v.float() for k, v in tensors.items()})
     except RuntimeError as error:
@@ -355,10 +361,7 @@ def _refuse_other_finest(origin: Path, metadata: dict[str, Any], finest: int) ->
     if model["pyramid"] == "integer" or known == finest:
         return
     for tied, name in (
-        (
-            model["dequantisation"] != "uniform",
-            f"model.dequantisation = {model['dequantisation']}",
-        ),
+        (model["dequantisation"] == "gaussian", "model.dequantisation = gaussian"),
         (field["lattice"], "field.lattice = true"),
     ):
         if tied:
@@ -395,4 +398,9 @@ def _common_model(found: dict[Path, dict[str, Any]]) -> ModelConfig:
             f"`mrcnf train CONFIG.toml --level {missing[0]}`"
         )
     shared = {**first["model"], "resolutions": resolutions}
-    return ModelConfig(**shared)
+    model = ModelConfig(**shared)
+    *_, finest = (metadata["model"]["resolutions"][-1] for metadata in found.values())
+    if model.dequantisation == "variational" and model.pyramid == "exact" and finest > model.finest:
+        # Means of the noise that a finer level has learned are those of uniform noise.
+        return dataclasses.replace(model, dequantisation="uniform")
+    return model

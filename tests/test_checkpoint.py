@@ -398,11 +398,7 @@ def test_what_a_run_lacks_is_noted(finished, tmp_path):
     ]
 
 
-TIED = [
-    "model.dequantisation=gaussian",
-    "model.dequantisation=variational",
-    "field.lattice=true",
-]
+TIED = ["model.dequantisation=gaussian", "field.lattice=true"]
 
 
 @pytest.mark.parametrize("tie", TIED)
@@ -416,6 +412,35 @@ def test_noise_and_lattice_of_means_are_tied_to_the_finest_level(tmp_path, tie):
     # Integers are integers at every level.
     run = trained(tmp_path / "integers", tie, "model.pyramid=integer", "train.steps=1")
     assert checkpoint.extended_config(run, run, 8).model.resolutions == (2, 4, 8)
+
+
+def test_learned_noise_is_the_finest_levels_and_hinders_no_growth(tmp_path):
+    run = trained(tmp_path / "run", "model.dequantisation=variational", "train.steps=1")
+    before = {path: path.read_bytes() for path in run.rglob("*.safetensors")}
+    assert [level.dequantiser is None for level in checkpoint.load(run).levels] == [True, False]
+    taller = checkpoint.extended_config(run, run, 8)
+    train.Trainer(taller, 8, images(side=8), run).run(progress=False)
+    model = checkpoint.load(run)
+    assert [level.dequantiser is None for level in model.levels] == [True, True, False]
+    assert model.config.dequantisation == "variational"
+    assert model.bits_per_dim(images(side=8).pixels[:2]).isfinite().all()
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_below_learned_noise_it_is_uniform(tmp_path):
+    run = trained(tmp_path / "run", "model.dequantisation=variational", "train.steps=1")
+    shutil.rmtree(run / "level-4")
+    model = checkpoint.load(run)
+    assert model.config.dequantisation == "uniform"
+    assert model.bits_per_dim(images(side=2).pixels[:2]).isfinite().all()
+
+
+def test_noise_is_learned_on_from_noise_only(tmp_path):
+    run = trained(tmp_path / "run", "model.dequantisation=variational", "train.steps=1")
+    flags = [f"train.init={run}", "model.dequantisation=variational"]
+    train.Trainer(tiny(*flags), 4, images(), tmp_path / "on")
+    with pytest.raises(UserError, match="learned noise is False, not True"):
+        train.Trainer(tiny(*flags, "model.resolutions=[2]"), 2, images(side=2), tmp_path / "off")
 
 
 def test_files_of_another_format_say_so(tmp_path, monkeypatch):
