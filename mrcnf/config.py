@@ -19,7 +19,7 @@ from typing import Any
 from mrcnf.errors import UserError
 from mrcnf.flow import Trace
 from mrcnf.level import FieldConfig, ModelConfig
-from mrcnf.objectives import OBJECTIVES, TIMES
+from mrcnf.objectives import LOGIT_MEAN, LOGIT_STD, OBJECTIVES, TIMES
 from mrcnf.optim import OPTIMIZERS
 from mrcnf.solve import Solver
 
@@ -85,9 +85,9 @@ class TrainConfig:
     times: str = "logit-normal"
     """Times of flow matching: logit-normal, uniform, log-uniform, mixed (half of either), or
     likelihood (log-uniform, errors weighted as in the evidence lower bound)."""
-    times_centre: float = -1.0
+    times_centre: float = LOGIT_MEAN
     """Mean of log t/(1-t) of logit-normal times."""
-    times_spread: float = 1.2
+    times_spread: float = LOGIT_STD
     """Standard deviation of log t/(1-t) of logit-normal times."""
     flip: bool = True
     """Mirror half of the images."""

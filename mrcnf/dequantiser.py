@@ -67,13 +67,14 @@ class Dequantiser(nn.Module):
             bent, log_rise = _bend(u, shift, log_slope)
             return bent, log_rise.flatten(1).sum(1)
         corners, total = list(haar.patches(u)), torch.zeros_like(u[:, 0, 0, 0])
-        bends = zip(_PAIRS, shift.chunk(4, 1), log_slope.chunk(4, 1), strict=True)
+        below_one = 1 - torch.finfo(u.dtype).eps  # which rounding might reach
+        count = len(_PAIRS)
+        bends = zip(_PAIRS, shift.chunk(count, 1), log_slope.chunk(count, 1), strict=True)
         for (one, other), a, b in bends:
             both = corners[one] + corners[other]
             low, size = (both - 1).clamp_min(0), torch.minimum(both, 2 - both)
             place = (corners[one] - low) / size.clamp_min(torch.finfo(u.dtype).tiny)
             place, log_rise = _bend(place, a, b)
-            below_one = 1 - torch.finfo(u.dtype).eps  # which rounding might reach
             corners[one] = (low + size * place).clamp(0, below_one)
             corners[other] = (both - corners[one]).clamp(0, below_one)
             total = total + log_rise.flatten(1).sum(1)

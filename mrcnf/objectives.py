@@ -7,10 +7,9 @@ minimise, in a form that needs one backward pass.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mrcnf import paths, pixels
@@ -25,7 +24,10 @@ if TYPE_CHECKING:
 OBJECTIVES = ("flow-matching", "likelihood")
 TIMES = ("logit-normal", "mixed", "uniform", "log-uniform", "likelihood")
 SHORTEST_TIME = 1e-3
+LOGIT_MEAN, LOGIT_STD = -1.0, 1.2
+"""Defaults of logit-normal times."""
 NOISE_SHARE = 8
+"""One in so many images of a batch trains learned noise."""
 
 
 def likelihood(
@@ -76,8 +78,8 @@ def flow_matching(
     *,
     clean: Tensor | None = None,
     times: str = "logit-normal",
-    centre: float = -1.0,
-    spread: float = 1.2,
+    centre: float = LOGIT_MEAN,
+    spread: float = LOGIT_STD,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean squared error of the velocity along paths from data to noise.
@@ -112,38 +114,27 @@ def flow_matching(
     y, condition, log_det = level.prepare(x, clean if level.noisy else None)
     n, noise = len(y), level.noise.log().mean().exp()
     t = draw_times(n, times, noise, y, generator, centre=centre, spread=spread)
+    shaping = 0
     if level.dequantiser is not None and times != "likelihood":
         shaping = -(-n // NOISE_SHARE)
-        early = draw_times(shaping, "log-uniform", noise, y, generator)
-        t = torch.cat((early, t[shaping:]))
-        weights = paths.at(level.field.path, early, noise).likelihood_weight * early
-        y = _ScaleGradient.apply(y, F.pad(weights, (0, n - shaping)) * (n / shaping))
+        t = torch.cat((draw_times(shaping, "log-uniform", noise, y, generator), t[shaping:]))
     z = torch.randn(y.shape, generator=generator, device=y.device, dtype=y.dtype)
     path = paths.at(level.field.path, t[:, None, None, None], level.noise)
+    weights = path.likelihood_weight * (noise + (1 - noise) * t)[:, None, None, None]
+    if shaping and y.requires_grad:
+        shares = torch.zeros_like(weights)
+        shares[:shaping] = weights[:shaping] * (n / shaping)
+        y.register_hook(lambda gradient: gradient * shares)
     predicted = level.flow.fields[0](t, path.point(y, z), condition)
     errors = (predicted - path.velocity(y, z)).square()
     if times == "likelihood":
-        errors = errors * path.likelihood_weight * (noise + (1 - noise) * t)[:, None, None, None]
+        errors = errors * weights
     loss = errors.mean()
     if level.dequantiser is None:
         return loss, {}
     # Over the density of t, 1/(t·log 1000), the weighted errors are log 1000 times the loss.
     log_det = log_det.mean() / level.dims
     return loss + log_det / math.log(SHORTEST_TIME), {"log_det": log_det.detach()}
-
-
-class _ScaleGradient(torch.autograd.Function):
-    """y itself, whose gradient is multiplied by a number for each of its rows."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, factors: Tensor) -> Tensor:
-        ctx.save_for_backward(factors)
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (factors,) = ctx.saved_tensors
-        return gradient * factors[:, None, None, None], None
 
 
 def draw_times(
@@ -153,8 +144,8 @@ def draw_times(
     like: Tensor,
     generator: torch.Generator | None = None,
     *,
-    centre: float = -1.0,
-    spread: float = 1.2,
+    centre: float = LOGIT_MEAN,
+    spread: float = LOGIT_STD,
 ) -> Tensor:
     """n times in [0, 1], stratified over the batch; of `TIMES`, see `flow_matching`."""
     if kind not in TIMES:
