@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import Work, wait
-from mrcnf.level import Level
-from mrcnf.velocity import PaperField
+from mrcnf.flows.velocity import PaperField
+from mrcnf.model.level import Level
 
 
 def flop(work: Work) -> int:

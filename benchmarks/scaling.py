@@ -20,9 +20,9 @@ from benchmarks.steps import (
 )
 from benchmarks.timing import Work, alternate, compare, peak_bytes
 from benchmarks.workload import one_block, single_level
-from mrcnf import objectives
-from mrcnf.level import Level
-from mrcnf.solve import Solver
+from mrcnf.flows.solve import Solver
+from mrcnf.model.level import Level
+from mrcnf.training import objectives
 
 
 def scale_rows(device: str, repeats: int, quick: bool) -> list[Row]:

@@ -12,11 +12,12 @@ from torch import Tensor
 from benchmarks.steps import Row, _nfe
 from benchmarks.timing import Work, alternate, compare, peak_bytes
 from benchmarks.workload import Workload
-from mrcnf import pixels, reference
-from mrcnf.flow import Trace
-from mrcnf.level import Level
-from mrcnf.model import MultiResolutionFlow
-from mrcnf.solve import Solver, Statistics
+from mrcnf.flows.solve import Solver, Statistics
+from mrcnf.flows.trace import Trace
+from mrcnf.image.bits import bits_per_dim
+from mrcnf.measure import reference
+from mrcnf.model.level import Level
+from mrcnf.model.model import MultiResolutionFlow
 
 TIGHT = Solver("dopri5", 0, rtol=1e-7, atol=1e-7)
 ALLOWED = 1e-3
@@ -51,7 +52,7 @@ def double(model: MultiResolutionFlow) -> MultiResolutionFlow:
 def _bits(level: Level, x: Tensor, solver: Solver) -> tuple[Tensor, Statistics]:
     generator = torch.Generator(x.device).manual_seed(2)
     result = level.log_prob(x, solver=solver, trace=Trace(), generator=generator)
-    return pixels.bits_per_dim(result.log_prob, level.dims), result.statistics
+    return bits_per_dim(result.log_prob, level.dims), result.statistics
 
 
 @torch.no_grad()

@@ -15,11 +15,12 @@ from torch import Tensor
 from benchmarks import machine
 from benchmarks.timing import Work, alternate, compare, peak_bytes
 from benchmarks.workload import Workload, one_block
-from mrcnf import objectives, reference
-from mrcnf.flow import Trace
-from mrcnf.level import Level
-from mrcnf.solve import Solver
-from mrcnf.velocity import PaperField
+from mrcnf.flows.solve import Solver
+from mrcnf.flows.trace import Trace
+from mrcnf.flows.velocity import PaperField
+from mrcnf.measure import reference
+from mrcnf.model.level import Level
+from mrcnf.training import objectives
 
 Row = dict[str, object]
 FORWARD = "forward-mode trace, one Rademacher probe, differentiated through"

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mrcnf import pixels
 from mrcnf.errors import UserError
-from mrcnf.level import FieldConfig, Level, ModelConfig
-from mrcnf.model import MultiResolutionFlow
-from mrcnf.velocity import PaperField
+from mrcnf.flows.velocity import PaperField
+from mrcnf.image.noise import dequantise
+from mrcnf.model.level import Level
+from mrcnf.model.model import MultiResolutionFlow
+from mrcnf.model.settings import FieldConfig, ModelConfig
 
 FIELD = FieldConfig(kind="paper", width=64, depth=1, blocks=2)
 
@@ -40,7 +41,7 @@ class Workload:
 def images(resolution: int, count: int) -> tuple[Tensor, str]:
     """uint8 (count, 3, R, R), and where they come from."""
     try:
-        from mrcnf import data
+        from mrcnf.data import datasets as data
 
         if resolution == 32:
             with suppress(UserError):  # not on this machine
@@ -69,7 +70,7 @@ def paper_model(device: str, batch: int, steps: int, count: int = 512) -> Worklo
     found, source = images(32, max(count, batch))
     config = ModelConfig(channels=3, base="logit", whiten=False)  # as published
     model = MultiResolutionFlow([Level(config, r, FIELD) for r in config.resolutions])
-    x, log_q = pixels.dequantise(found, generator=torch.Generator().manual_seed(0))
+    x, log_q = dequantise(found, generator=torch.Generator().manual_seed(0))
     for level in model:
         level.fit_standardisation(x)
         awaken(level)
@@ -90,7 +91,7 @@ def single_level(resolution: int, device: str, count: int) -> tuple[Level, Tenso
     found, _ = images(resolution, max(count, 16))
     config = ModelConfig(resolutions=(resolution // 2, resolution), channels=3, whiten=False)
     level = Level(config, resolution, FIELD)
-    x, log_q = pixels.dequantise(found, generator=torch.Generator().manual_seed(0))
+    x, log_q = dequantise(found, generator=torch.Generator().manual_seed(0))
     level.fit_standardisation(x)
     awaken(level)
     return level.to(device).train(), x[:count].to(device), log_q[:count].to(device)

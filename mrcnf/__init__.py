@@ -5,13 +5,17 @@
 >>> model.bits_per_dim(images)       # doctest: +SKIP
 """
 
-from mrcnf import haar, pixels, trace
-from mrcnf.checkpoint import load
+from mrcnf import data
 from mrcnf.errors import UserError
-from mrcnf.flow import ContinuousFlow, Trace
-from mrcnf.level import FieldConfig, Level, ModelConfig
-from mrcnf.model import MultiResolutionFlow
-from mrcnf.solve import Solver, SolverError
+from mrcnf.flows import trace
+from mrcnf.flows.continuous import ContinuousFlow
+from mrcnf.flows.solve import Solver, SolverError
+from mrcnf.flows.trace import Trace
+from mrcnf.image import haar
+from mrcnf.model.level import Level
+from mrcnf.model.model import MultiResolutionFlow
+from mrcnf.model.settings import FieldConfig, ModelConfig
+from mrcnf.runs.checkpoint import load
 
 __version__ = "0.1.0"
 
@@ -25,8 +29,8 @@ __all__ = [
     "SolverError",
     "Trace",
     "UserError",
+    "data",
     "haar",
     "load",
-    "pixels",
     "trace",
 ]

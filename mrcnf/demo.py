@@ -11,10 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mrcnf import checkpoint, config, evaluate, files, plot, runtime, train
+from mrcnf import files, runtime
+from mrcnf.data.imagefile import read_image, save_image
 from mrcnf.errors import UserError
-from mrcnf.images import read_image, save_image
-from mrcnf.model import MultiResolutionFlow
+from mrcnf.measure import evaluate
+from mrcnf.model.model import MultiResolutionFlow
+from mrcnf.report import plot
+from mrcnf.runs import checkpoint, config
+from mrcnf.training import trainer as train
 
 RECIPE = Path(__file__).with_name("demo.toml")
 

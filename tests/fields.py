@@ -5,8 +5,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from mrcnf.stack import Stack
-from mrcnf.velocity import Field
+from mrcnf.flows.tangents import Stack
+from mrcnf.flows.velocity import Field
 
 Module = TypeVar("Module", bound=nn.Module)
 

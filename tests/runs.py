@@ -5,8 +5,9 @@ import json
 import numpy as np
 import torch
 
-from mrcnf import config, train
-from mrcnf.data import Images
+from mrcnf.data.datasets import Images
+from mrcnf.runs import config
+from mrcnf.training import trainer as train
 
 TINY = """\
 name = "tiny"

@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 from runs import smooth_images
 
-from mrcnf import checkpoint, demo, plot
-from mrcnf.images import read_image
+from mrcnf import demo
+from mrcnf.data.imagefile import read_image
+from mrcnf.report import plot
+from mrcnf.runs import checkpoint
 
 QUICK = [
     "model.resolutions=[4,8]", "field.width=4", "field.depth=1", "train.steps=3",

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mrcnf import checkpoint, cli, config
-from mrcnf.level import Level
+from mrcnf.cli import commands as cli
+from mrcnf.model.level import Level
+from mrcnf.runs import checkpoint, config
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 RECIPES = sorted(path.name for path in FOLDER.glob("*.toml"))

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mrcnf import cli, train
-from mrcnf.config import from_table
-from mrcnf.data import Images
-from mrcnf.images import save_image
+from mrcnf.cli import commands as cli
+from mrcnf.data.datasets import Images
+from mrcnf.data.imagefile import save_image
+from mrcnf.runs.config import from_table
+from mrcnf.training import trainer as train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

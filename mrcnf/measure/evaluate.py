@@ -1,0 +1,314 @@
+"""Bits per dimension with their error, and the proof that the digits hold."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mrcnf import runtime
+from mrcnf.data.datasets import Images
+from mrcnf.errors import UserError
+from mrcnf.flows.solve import Solver
+from mrcnf.flows.trace import Trace
+from mrcnf.image.bits import bits_per_dim
+from mrcnf.image.noise import dequantise
+from mrcnf.model.level import Level, likelihoods
+from mrcnf.runs.config import changed
+
+
+@dataclass
+class LevelReport:
+    """One level's part of the bits."""
+
+    resolution: int
+    bpd: float
+    """Its share of the total, in bits per dimension of the finest image; shares add up."""
+    bpd_stderr: float
+    nfe: float
+    """Evaluations of the velocity per solve, mean over batches."""
+    rejected: float
+    """Rejected steps per solve, mean over batches."""
+    solver: str
+
+
+@dataclass
+class Evaluation:
+    """What the model is worth on some images."""
+
+    data: str
+    images: int
+    bpd: float
+    """Mean over images of the bound's bits per dimension, of the levels below together."""
+    bpd_stderr: float
+    """Standard error of the mean, over what `error_over` says."""
+    error_over: str
+    """images; or photographs, where the data know the sources and there are at least 8."""
+    levels: list[LevelReport]
+    draws: int
+    trace: str
+    solver: str
+    seconds: float
+    convergence: list[dict[str, Any]] = field(default_factory=list)
+    """The same noise and probes on a subset, solved more and more finely."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    def __str__(self) -> str:
+        total = f"{self.bpd:.4f} ± {self.bpd_stderr:.4f} bits/dim"
+        over = "" if self.error_over == "images" else f" (error over {self.error_over})"
+        rows = [f"{total} on {self.images} images of {self.data}{over}"]
+        for level in self.levels:
+            rows.append(
+                f"  level {level.resolution:4d}: {level.bpd:.4f} ± {level.bpd_stderr:.4f}"
+                f"   NFE {level.nfe:.0f}   {level.solver}"
+            )
+        rows.append(f"  {self.draws} noise draw(s), trace {self.trace}, {self.seconds:.1f} s")
+        for row in self.convergence:
+            rows.append(
+                f"  {row['solver']:<40} {row['bpd']:.5f}  {row['difference']:+.5f}"
+                f" ± {row['difference_stderr']:.5f}"
+            )
+        return "\n".join(rows)
+
+
+def evaluate(
+    levels: Iterable[Level],
+    images: Images,
+    *,
+    limit: int = 0,
+    batch: int = 100,
+    draws: int = 1,
+    seed: int = 0,
+    progress: bool = False,
+) -> Evaluation:
+    """Bits per dimension of the images, by level and in total, with standard errors.
+
+    Args:
+        levels: a model, or some of its levels; the total is theirs.
+        limit: evaluate the first so many; 0 evaluates all.
+        batch: images solved together.
+        draws: dequantisation draws per image, averaged.
+        seed: of noise and probes; batch b and draw d have a seed of their own, so numbers
+            compare between solvers.
+
+    Solver and trace are each level's own (`level.solver`, `level.trace`; set them to change).
+    """
+    if limit:
+        images = Images(
+            images.pixels[:limit],
+            images.name,
+            images.split,
+            None if images.groups is None else images.groups[:limit],
+        )
+    if len(images) < 2:
+        raise UserError(
+            f"{images.name} has {len(images)} images to evaluate; at least 2 are needed"
+        )
+    started = time.perf_counter()
+    levels = list(levels)
+    bits, costs = _bits(levels, images.pixels, batch, draws, seed, progress=progress)
+    reports = []
+    for i, level in enumerate(levels):
+        mean, error = mean_and_error(bits[i], images.groups)
+        evaluations, rejected = costs[i]
+        reports.append(
+            LevelReport(
+                level.resolution, mean, error, evaluations, rejected, str(level.solver)
+            )
+        )
+    mean, error = mean_and_error(bits.sum(0), images.groups)
+    return Evaluation(
+        data=f"{images.name} {images.split}",
+        images=len(images),
+        bpd=mean,
+        bpd_stderr=error,
+        error_over="photographs" if _grouped(images.groups) else "images",
+        levels=reports,
+        draws=draws,
+        trace=_common(str(level.trace) for level in levels),
+        solver=_common(report.solver for report in reports),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def set_solvers(levels: Iterable[Level], changes: dict[str, Any]) -> None:
+    """Change entries of every level's own solver and trace, from a table of settings.
+
+    Raises:
+        UserError: the table changes what a trained model cannot have changed.
+    """
+    fixed = set(changes) - {"data", "evaluate", "solver", "trace"}
+    if fixed:
+        raise UserError(
+            f"{sorted(fixed)[0]} cannot be changed in a trained model; evaluation takes settings "
+            "of data, evaluate, solver and trace"
+        )
+    for level in levels:
+        level.solver = changed(level.solver, changes.get("solver", {}), "solver")
+        level.trace = changed(level.trace, changes.get("trace", {}), "trace")
+
+
+def convergence(
+    levels: Iterable[Level],
+    images: Images,
+    *,
+    limit: int = 100,
+    batch: int = 100,
+    seed: int = 0,
+    refinements: int = 2,
+) -> list[dict[str, Any]]:
+    """Solve a subset again with twice the steps (a tenth of the tolerances), repeatedly.
+
+    Noise and probes are the same throughout, so the differences are the solver's alone; their
+    standard errors are over images. Rows: solver, bpd, difference from the row before.
+    """
+    levels = list(levels)
+    rows: list[dict[str, Any]] = []
+    before: Tensor | None = None
+    solvers: dict[int, Solver] = {level.resolution: level.solver for level in levels}
+    for _ in range(refinements + 1):
+        bits, costs = _bits(levels, images.pixels[:limit], batch, 1, seed, solvers)
+        total = bits.sum(0)
+        difference = torch.zeros_like(total) if before is None else total - before
+        mean, error = mean_and_error(difference, None)
+        rows.append(
+            {
+                "solver": _common(str(solvers[level.resolution]) for level in levels),
+                "bpd": float(total.mean()),
+                "difference": mean,
+                "difference_stderr": error,
+                "levels": bits.mean(1).tolist(),
+                "nfe": [evaluations for evaluations, _ in costs],
+                "images": len(total),
+            }
+        )
+        before = total
+        solvers = {resolution: solver.finer() for resolution, solver in solvers.items()}
+    return rows
+
+
+def mean_and_error(values: Tensor, groups: Tensor | None) -> tuple[float, float]:
+    """Mean and standard error of (N,) values; by groups where images share a source.
+
+    With groups the error is that of a ratio of group sums (the linearised bootstrap over
+    photographs), because crops of one photograph are correlated. It needs at least 8 groups
+    to mean anything; with fewer, images count as independent.
+    """
+    values = values.double()
+    mean = values.mean()
+    if not _grouped(groups):
+        return float(mean), float(values.std() / math.sqrt(len(values)))
+    assert groups is not None
+    _, index = groups.unique(return_inverse=True)
+    sums = torch.zeros(int(index.max()) + 1, dtype=torch.float64)
+    sums.index_add_(0, index, values - mean)
+    g = len(sums)
+    return float(mean), float((sums.square().sum() * g / (g - 1)).sqrt() / len(values))
+
+
+@torch.no_grad()
+def _bits(
+    levels: Iterable[Level],
+    images: Tensor,
+    batch: int,
+    draws: int,
+    seed: int,
+    solver: Mapping[int, Solver] | Solver | None = None,
+    trace: Trace | None = None,
+    progress: bool = False,
+) -> tuple[Tensor, list[tuple[float, float]]]:
+    """Bits per (finest) dimension by level and image, and mean NFE and rejections by level.
+
+    Under torchrun each process takes every K-th batch; all of them get the whole result.
+    """
+    levels = list(levels)
+    rank, world = runtime.rank_and_world()
+    model, device = levels[0].model, levels[0].mean.device
+    batches = images.split(batch)
+    bits = torch.zeros(len(levels), len(images), dtype=torch.float64)
+    costs = torch.zeros(len(levels), 2, dtype=torch.float64)
+    quiet = not progress or rank > 0
+    bar = tqdm(total=len(images) * draws, desc="evaluate", unit="image", disable=quiet)
+    for b, chunk in enumerate(batches):
+        if b % world != rank:
+            continue
+        first = b * batch
+        for draw in range(draws):
+            generator = _generator(device, seed, b, draw)
+            x, log_q = dequantise(
+                chunk.to(device), nbits=model.nbits, kind=model.pixel_noise, generator=generator
+            )
+            parts = likelihoods(
+                levels, x, log_q, generator=generator, solver=solver, trace=trace
+            )
+            for i, part in enumerate(parts.values()):
+                share = bits_per_dim(part.log_prob.double().cpu(), model.dims)
+                bits[i, first : first + len(chunk)] += share / draws
+                cost = part.statistics
+                costs[i] += torch.tensor([cost.evaluations, cost.rejected], dtype=torch.float64)
+            bar.update(len(chunk) * world)
+    bar.close()
+    if world > 1:
+        bits, costs = (runtime.sum_over_processes(tensor, device) for tensor in (bits, costs))
+    mean_costs = (costs / (len(batches) * draws)).tolist()
+    return bits, [(nfe, rejected) for nfe, rejected in mean_costs]
+
+
+def level_bits(
+    level: Level,
+    images: Tensor,
+    *,
+    batch: int = 100,
+    seed: int = 0,
+    solver: Solver | None = None,
+    trace: Trace | None = None,
+) -> Tensor:
+    """One level's share of the bits per finest dimension, (N,), without the other levels."""
+    return _bits([level], images, batch, 1, seed, solver, trace)[0][0]
+
+
+@torch.no_grad()
+def nearest(images: Tensor, among: Tensor, k: int, *, chunk: int = 1000) -> Tensor:
+    """For each image the k nearest of others, by Euclidean distance of the pixels.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        among: uint8 (M, C, H, W), M at least k.
+        chunk: how many of `among` are compared at a time.
+
+    Returns:
+        int64 (N, k): indices into `among`, nearest first; of equally near ones the first.
+    """
+    wanted = images.flatten(1).double()
+    distances = wanted.new_empty(len(images), 0)
+    indices = torch.empty(len(images), 0, dtype=torch.int64, device=images.device)
+    for first in range(0, len(among), chunk):
+        # Up to the image's own norm; whole numbers, so double precision is exact.
+        others = among[first : first + chunk].flatten(1).to(wanted)
+        here = others.square().sum(1) - 2 * wanted @ others.T
+        numbers = torch.arange(first, first + len(others), device=images.device)
+        distances, order = torch.cat((distances, here), 1).sort(dim=1, stable=True)
+        indices = torch.cat((indices, numbers.expand(len(images), -1)), 1).gather(1, order)[:, :k]
+        distances = distances[:, :k]
+    return indices
+
+
+def _grouped(groups: Tensor | None) -> bool:
+    return groups is not None and len(groups.unique()) >= 8
+
+
+def _generator(device: torch.device, seed: int, batch: int, draw: int = 0) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + batch * 1009 + draw)
+
+
+def _common(texts: Any) -> str:
+    return " | ".join(dict.fromkeys(texts))

@@ -1,0 +1,107 @@
+"""What a model and the networks of its levels are told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from mrcnf.errors import UserError
+from mrcnf.flows import paths, velocity
+from mrcnf.image import noise, pyramids
+
+BASES = ("affine", "logit")
+DEQUANTISATIONS = (*noise.KINDS, "variational")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What all levels of a model agree on."""
+
+    resolutions: tuple[int, ...] = (8, 16, 32)
+    """Side of each level's images in pixels, coarsest (the base) first, each twice the last."""
+    channels: int = 0
+    """Channels of the images: 1 or 3; 0 takes the data's."""
+    nbits: int = 8
+    """Bits per pixel and channel that are modelled; fewer drop the low bits."""
+    pyramid: str = "exact"
+    """From an image to a coarser one: exact means, or integer ones, each level by itself."""
+    dequantisation: str = "uniform"
+    """Noise in the cells: uniform, gaussian, or variational (learned: by the finest level in what
+    leaves means as they are, or by every level of an integer pyramid)."""
+    whiten: bool = True
+    """Turn each level's channels to their principal axes before they are scaled to unit variance;
+    false scales them as they are."""
+    base: str = "affine"
+    """Map of base pixels to the line: affine, or logit (α = 0.05)."""
+
+    def __post_init__(self) -> None:
+        r = self.resolutions
+        if not r or r[0] < 1 or any(b != 2 * a for a, b in pairwise(r)):
+            raise UserError(
+                f"model.resolutions {list(r)}: each level must be twice the one before, "
+                "e.g. [8, 16, 32]"
+            )
+        if not 1 <= self.nbits <= 8:
+            raise UserError(f"model.nbits must be from 1 to 8, got {self.nbits}")
+        if self.pyramid not in pyramids.KINDS:
+            raise UserError(
+                f"model.pyramid {self.pyramid!r}: choose one of {', '.join(pyramids.KINDS)}"
+            )
+        if self.dequantisation not in DEQUANTISATIONS:
+            raise UserError(
+                f"model.dequantisation {self.dequantisation!r}: choose one of "
+                f"{', '.join(DEQUANTISATIONS)}"
+            )
+        if self.base not in BASES:
+            raise UserError(f"model.base {self.base!r}: choose one of {', '.join(BASES)}")
+
+    @property
+    def pixel_noise(self) -> str:
+        """The kind of `pixels.dequantise`: levels bend uniform noise to variational."""
+        return "gaussian" if self.dequantisation == "gaussian" else "uniform"
+
+    @property
+    def finest(self) -> int:
+        return self.resolutions[-1]
+
+    @property
+    def dims(self) -> int:
+        return self.channels * self.finest**2
+
+
+@dataclass(frozen=True)
+class FieldConfig:
+    """The velocity network of one level."""
+
+    kind: str = "residual"
+    """residual (the default) or paper (four 3×3 convolutions, softplus)."""
+    width: int = 48
+    """Channels of the hidden layers."""
+    depth: int = 4
+    """Residual blocks (the paper's field has a fixed depth)."""
+    blocks: int = 1
+    """Fields in sequence, each over its own t ∈ [0, 1]; flow matching takes 1."""
+    scales: int = 1
+    """More make the residual field a U: `depth` blocks at each scale on the way down and again on
+    the way up, each scale twice as wide on half the side."""
+    attention: bool = False
+    """Self-attention after each block of the residual field's smallest scale."""
+    path: str = "straight"
+    """Path from data to noise that flow matching follows: straight or variance-preserving."""
+    lattice: bool = False
+    """Show the residual field where on the lattice of integers each pixel is: at the finest level,
+    or at every level of an integer pyramid. Means of pixels blur their lattice too much."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in velocity.FIELDS:
+            raise UserError(f"field.kind {self.kind!r}: choose one of {', '.join(velocity.FIELDS)}")
+        if min(self.width, self.depth, self.scales, self.blocks) < 1:
+            raise UserError(
+                "field.width, field.depth, field.scales and field.blocks must be at least 1"
+            )
+        if self.path not in paths.PATHS:
+            raise UserError(f"field.path {self.path!r}: choose one of {', '.join(paths.PATHS)}")
+        if self.kind == "paper" and (self.scales > 1 or self.attention or self.lattice):
+            raise UserError(
+                "field.scales, field.attention and field.lattice are the residual field's alone"
+            )

@@ -1,0 +1,219 @@
+"""What a level is trained on: maximum likelihood, or flow matching.
+
+Both take a level and dequantised images at the finest resolution and return a loss to
+minimise, in a form that needs one backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mrcnf.errors import UserError
+from mrcnf.flows import paths
+from mrcnf.flows.solve import Solver
+from mrcnf.flows.trace import Trace
+from mrcnf.image.bits import bits_per_dim
+from mrcnf.image.noise import dequantise
+from mrcnf.model.level import Level
+from mrcnf.runs.config import LOGIT_MEAN, LOGIT_STD, TIMES, Config
+
+SHORTEST_TIME = 1e-3
+NOISE_SHARE = 8
+"""One in so many images of a batch trains learned noise."""
+
+
+def likelihood(
+    level: Level,
+    x: Tensor,
+    log_q: Tensor,
+    *,
+    solver: Solver,
+    trace: Trace,
+    kinetic: float = 0.01,
+    frobenius: float = 0.01,
+    steer: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The level's bits per (own) dimension, plus the regularisers of RNODE.
+
+    Args:
+        x, log_q: dequantised images (N, C, H, W) and their log q (N,), from `pixels`.
+        kinetic, frobenius: weights of ∫ mean f² dt and ∫ ‖∂f/∂y‖²_F / D dt
+            (Finlay et al. 2020, eq. 11).
+        steer: half-width of the uniform jitter of the end time (Ghosh et al. 2020); one draw
+            per call.
+
+    Returns:
+        the loss, a scalar, and its detached parts: `bpd`, `kinetic`, `frobenius`.
+    """
+    end = 1.0
+    if steer:
+        jitter = torch.rand((), generator=generator, device=x.device).item()
+        end = 1.0 + steer * (2 * jitter - 1)
+    regularise = bool(kinetic or frobenius)
+    result = level.log_prob(
+        x, solver=solver, trace=trace, end=end, regularise=regularise, generator=generator
+    )
+    bpd = bits_per_dim(level.bound(result.log_prob, log_q), level.dims).mean()
+    parts = {"bpd": bpd.detach()}
+    loss = bpd
+    if regularise:
+        assert result.kinetic is not None and result.frobenius is not None
+        parts |= {"kinetic": result.kinetic.mean(), "frobenius": result.frobenius.mean()}
+        loss = loss + kinetic * parts["kinetic"] + frobenius * parts["frobenius"]
+    return loss, {name: part.detach() for name, part in parts.items()}
+
+
+def flow_matching(
+    level: Level,
+    x: Tensor,
+    *,
+    clean: Tensor | None = None,
+    times: str = "logit-normal",
+    centre: float = LOGIT_MEAN,
+    spread: float = LOGIT_STD,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean squared error of the velocity along paths from data to noise.
+
+    y_t = α(t)·y + β(t)·z on the path of the level's field (`paths`), and f(t, y_t) regresses
+    on dy_t/dt: z - y on straight paths (Lipman et al. 2023, eq. 23, with the data at t = 0).
+    Its minimiser transports the data's distribution to the normal.
+
+    Args:
+        x: dequantised images (N, C, H, W).
+        clean: images at the centres of their cells. With Gaussian dequantisation they supply y,
+            as x is y with noise, the paths' points at t = 0; x supplies the coarse image.
+        times: distribution of t: "logit-normal", log t/(1-t) being normal (Esser et al. 2024,
+            §3.1), which leaves out the times at which nothing, or nothing more, can be told of
+            the noise; "uniform"; "log-uniform", down to 1e-3; "mixed", half of each of these two;
+            or "likelihood", log-uniform with errors weighted as the evidence lower bound does
+            (`Path.likelihood_weight`). Where the data come with noise, it is
+            log-uniform together with t, in its geometric mean over channels.
+        centre, spread: mean and standard deviation of that normal.
+
+    Variational dequantisation is trained along: its noise on the evidence lower bound, in nats per
+    dimension over log 1000, at likelihood times whatever `times` are. An eighth of the batch
+    has such times then, the first one, and from the others the noise learns nothing; the
+    field learns from all of them alike, and nothing of it changes with the noise's weights.
+
+    Returns:
+        the loss, a scalar, and no further parts; with variational dequantisation, what the noise
+        adds to the loss beside errors of the velocity comes from `log_det`, nats per dimension.
+    """
+    if level.noisy:
+        assert clean is not None, "Gaussian dequantisation is matched on clean images"
+    y, condition, log_det = level.prepare(x, clean if level.noisy else None)
+    n, noise = len(y), level.noise.log().mean().exp()
+    t = draw_times(n, times, noise, y, generator, centre=centre, spread=spread)
+    shaping = 0
+    if level.dequantiser is not None and times != "likelihood":
+        shaping = -(-n // NOISE_SHARE)
+        t = torch.cat((draw_times(shaping, "log-uniform", noise, y, generator), t[shaping:]))
+    z = torch.randn(y.shape, generator=generator, device=y.device, dtype=y.dtype)
+    path = paths.at(level.field.path, t[:, None, None, None], level.noise)
+    weights = path.likelihood_weight * (noise + (1 - noise) * t)[:, None, None, None]
+    if shaping and y.requires_grad:
+        shares = torch.zeros_like(weights)
+        shares[:shaping] = weights[:shaping] * (n / shaping)
+        y.register_hook(lambda gradient: gradient * shares)
+    predicted = level.flow.fields[0](t, path.point(y, z), condition)
+    errors = (predicted - path.velocity(y, z)).square()
+    if times == "likelihood":
+        errors = errors * weights
+    loss = errors.mean()
+    if level.dequantiser is None:
+        return loss, {}
+    # Over the density of t, 1/(t·log 1000), the weighted errors are log 1000 times the loss.
+    log_det = log_det.mean() / level.dims
+    return loss + log_det / math.log(SHORTEST_TIME), {"log_det": log_det.detach()}
+
+
+def draw_times(
+    n: int,
+    kind: str,
+    noise: Tensor,
+    like: Tensor,
+    generator: torch.Generator | None = None,
+    *,
+    centre: float = LOGIT_MEAN,
+    spread: float = LOGIT_STD,
+) -> Tensor:
+    """n times in [0, 1], stratified over the batch; of `TIMES`, see `flow_matching`."""
+    if kind not in TIMES:
+        raise UserError(f"unknown distribution of times {kind!r}; choose one of {', '.join(TIMES)}")
+    order = torch.randperm(n, generator=generator, device=like.device)
+    jitter = torch.rand(n, generator=generator, device=like.device, dtype=like.dtype)
+    uniform = (order.to(like.dtype) + jitter) / n
+    if kind == "uniform":
+        return uniform
+    if kind == "logit-normal":
+        return (centre + spread * torch.special.ndtri(uniform)).sigmoid()
+    lowest = noise.clamp_min(SHORTEST_TIME)
+    log_uniform = (lowest.log() * (1 - uniform)).exp()
+    log_uniform = ((log_uniform - noise) / (1 - noise)).clamp(0, 1)
+    if kind != "mixed":
+        return log_uniform
+    alternate = torch.arange(n, device=like.device) % 2 == 0
+    return torch.where(alternate, uniform, log_uniform)
+
+
+class Objective(nn.Module):
+    """From a piece of a batch to its loss; a module, so that DistributedDataParallel wraps it."""
+
+    def __init__(self, level: Level, config: Config) -> None:
+        super().__init__()
+        self.level, self.config = level, config
+
+    def forward(
+        self, images: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        train, model = self.config.train, self.level.model
+        images = augment(images, train.flip, train.crop, generator)
+        x, log_q = dequantise(
+            images, nbits=model.nbits, kind=model.pixel_noise, generator=generator
+        )
+        low_precision = torch.autocast(
+            x.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"
+        )
+        with low_precision:
+            if train.objective == "flow-matching":
+                clean = None
+                if self.level.noisy:
+                    clean = ((images >> (8 - model.nbits)) + 0.5) / 2**model.nbits
+                return flow_matching(
+                    self.level,
+                    x,
+                    clean=clean,
+                    times=train.times,
+                    centre=train.times_centre,
+                    spread=train.times_spread,
+                    generator=generator,
+                )
+            return likelihood(
+                self.level,
+                x,
+                log_q,
+                solver=self.config.train_solver,
+                trace=self.config.train_trace,
+                kinetic=train.kinetic,
+                frobenius=train.frobenius,
+                steer=train.steer,
+                generator=generator,
+            )
+
+
+def augment(images: Tensor, flip: bool, crop: int, generator: torch.Generator) -> Tensor:
+    """Mirror each image with probability 1/2, and cut one random window for the whole batch."""
+    if flip:
+        mirrored = torch.rand(len(images), generator=generator, device=images.device) < 0.5
+        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    side = images.shape[-1]
+    if crop and crop < side:
+        host = torch.Generator().manual_seed(generator.initial_seed())
+        top, left = torch.randint(0, side - crop + 1, (2,), generator=host).tolist()
+        images = images[..., top : top + crop, left : left + crop]
+    return images

@@ -1,0 +1,165 @@
+"""Variational dequantisation: learned noise, whose bound is one whatever it has learned."""
+
+import math
+
+import pytest
+import torch
+
+from mrcnf.flows.solve import Solver
+from mrcnf.image import haar
+from mrcnf.image.bits import log_prob_of_integers
+from mrcnf.image.learned_noise import Dequantiser
+from mrcnf.model.level import Level
+from mrcnf.model.settings import FieldConfig, ModelConfig
+from mrcnf.training.objectives import SHORTEST_TIME, flow_matching
+
+EITHER = pytest.mark.parametrize("pairs", [0, 1], ids=["alone", "in pairs"])
+
+
+def dequantised(x, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return (x + torch.rand(x.shape, generator=generator, dtype=torch.float64)) / 256
+
+
+def disturb(dequantiser, size):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in dequantiser.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter += size * noise
+    return dequantiser
+
+
+def shaped(pairs, size=0.05):
+    return disturb(Dequantiser(3, 1, pairs).double(), size)
+
+
+def cells(pairs, n=2):
+    generator = torch.Generator().manual_seed(4)
+    shape = (n, 1, 8, 8) if pairs else (n, 3, 4, 4)
+    u = torch.rand(shape, generator=generator, dtype=torch.float64)
+    y = torch.randn(n, 3, 4, 4, generator=generator, dtype=torch.float64)
+    return u, y, torch.randn(n, 1, 4, 4, generator=generator, dtype=torch.float64)
+
+
+@EITHER
+def test_noise_is_uniform_until_it_is_trained(pairs):
+    u, y, coarse = cells(pairs)
+    bent, log_rise = Dequantiser(3, 1, pairs).double()(u, y, coarse)
+    torch.testing.assert_close(bent, u)
+    torch.testing.assert_close(log_rise, torch.zeros(2, dtype=torch.float64))
+
+
+@EITHER
+def test_the_noise_stays_in_its_cell_and_its_density_is_known(pairs):
+    dequantiser, (u, y, coarse) = shaped(pairs), cells(pairs)
+    bent, log_rise = dequantiser(u, y, coarse)
+    assert bent.min() > 0 and bent.max() < 1 and (bent - u).abs().max() > 0.01
+    jacobian = torch.autograd.functional.jacobian(lambda v: dequantiser(v, y, coarse)[0], u)
+    size = u[0].numel()
+    log_det = torch.stack([jacobian[i, :, :, :, i].reshape(size, size).logdet() for i in range(2)])
+    torch.testing.assert_close(log_rise, log_det)
+
+
+@EITHER
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_edges_of_the_cell_stay_finite(pairs, dtype):
+    dequantiser = shaped(pairs, 0.3).to(dtype)
+    u, y, coarse = (part.to(dtype) for part in cells(pairs))
+    for edge in (0.0, 1 - torch.finfo(dtype).eps):
+        bent, log_rise = dequantiser(torch.full_like(u, edge), y, coarse)
+        assert bent.min() >= 0 and bent.max() < 1 and log_rise.isfinite().all()
+
+
+def test_noise_in_pairs_keeps_the_mean_of_every_patch():
+    dequantiser, (u, y, coarse) = shaped(1), cells(1)
+    bent, _ = dequantiser(u, y, coarse)
+    torch.testing.assert_close(haar.reduce(bent, 1), haar.reduce(u, 1), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("pyramid", ["integer", "exact"])
+def test_the_probability_is_the_same_under_any_noise(pyramid):
+    """P(X) is the mean of p(x)/q(x) over noise of any density q: only its logarithm is bounded.
+
+    That holds for the pyramid's levels together, so the coarser level has to see the same mean.
+    """
+    torch.manual_seed(0)
+    config = ModelConfig((1, 2), channels=1, pyramid=pyramid, dequantisation="variational")
+    levels = [Level(config, r, FieldConfig(width=4, depth=1)).double() for r in (1, 2)]
+    for level in levels:
+        level.std.fill_(2 / 256)
+    levels[0].mean.fill_(120 / 256)
+    x = dequantised(torch.tensor([[[[118, 121], [122, 120]]]]).expand(40_000, 1, 2, 2))
+
+    def log_p():
+        return sum(level.log_prob(x, solver=Solver(steps=1)).log_prob for level in levels)
+
+    with torch.no_grad():
+        plain = log_p()
+        for level in levels:
+            if level.dequantiser is not None:
+                disturb(level.dequantiser, 0.3)
+        bent = log_p()
+    assert bent.mean() < plain.mean() - 0.05  # such noise is the worse for its shape
+    ratio = (bent - plain.exp().mean().log()).exp()
+    error = ratio.std() / len(x) ** 0.5
+    assert error < 0.03
+    assert abs(ratio.mean() - 1) < 4 * error
+
+
+@pytest.mark.parametrize("pyramid", ["integer", "exact"])
+def test_shaped_noise_reaches_what_uniform_noise_cannot(pyramid):
+    """Pixels in two values whose cells a smooth density cannot fill: a bound falls, not its truth.
+
+    The flow is the identity, so the density is normal; the best noise for it makes the bound
+    tight, at log of the cells' probability.
+    """
+    config = ModelConfig((2,), channels=1, pyramid=pyramid, dequantisation="variational")
+    level = Level(config, 2, FieldConfig(width=4, depth=1)).double()
+    level.std.fill_(0.7 / 256)
+    level.mean.fill_(128 / 256)
+    images = torch.randint(126, 130, (500, 1, 2, 2), generator=torch.Generator().manual_seed(0))
+
+    def bound(seed=1):
+        x = dequantised(images, seed=seed)
+        log_prob = level.log_prob(x, solver=Solver(steps=1)).log_prob
+        return log_prob_of_integers(log_prob, torch.zeros(()), 4).mean()
+
+    normal = torch.distributions.Normal(128.0, torch.tensor(0.7, dtype=torch.float64))
+    probability = normal.cdf(images + 1.0) - normal.cdf(images.double())
+    truth = probability.log().flatten(1).sum(1).mean()
+    before = bound().item()
+    optimiser = torch.optim.Adam(level.dequantiser.parameters(), lr=3e-3)
+    for step in range(60):
+        optimiser.zero_grad()
+        (-bound(2 + step)).backward()
+        optimiser.step()
+    after = bound().item()
+    assert before < truth - 0.05
+    assert truth - 0.25 * (truth - before) < after < truth + 0.02
+
+
+@pytest.mark.parametrize("times", ["likelihood", "logit-normal"])
+@pytest.mark.parametrize("resolution", [1, 2])
+def test_flow_matching_trains_the_noise_on_the_bound(times, resolution):
+    """The gradient by the dequantiser of the loss is that of the evidence lower bound.
+
+    With a field that is exact for normal data the bound is the likelihood, whose gradient
+    differentiation through the flow gives as well.
+    """
+    torch.manual_seed(0)
+    sizes = (1, 2)[:resolution]
+    config = ModelConfig(sizes, channels=1, dequantisation="variational", whiten=False)
+    level = Level(config, resolution, FieldConfig(width=4, depth=1)).double()  # a standard normal's
+    level.std.fill_((0.7 if level.is_base else 0.4) / 256)
+    level.mean.fill_(128 / 256 if level.is_base else 0)
+    shape = level.dequantiser.net[-1].bias
+    images = torch.randint(126, 130, (240_000 // resolution**2, 1, resolution, resolution))
+    x = dequantised(images)
+    loss, _ = flow_matching(level, x, times=times)
+    nats = -math.log(SHORTEST_TIME) * loss
+    (found,) = torch.autograd.grad(nats, shape)
+    likelihood = level.log_prob(x, solver=Solver(steps=1)).log_prob.mean() / level.dims
+    (expected,) = torch.autograd.grad(-likelihood, shape)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+    assert expected.abs().max() > 0.05
