@@ -5,7 +5,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from mrcnf.flows.tangents import Stack
+from mrcnf.flows.tangents import Dual
 from mrcnf.flows.velocity import Field
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -19,12 +19,12 @@ class LinearField(Field):
         self.matrix = nn.Parameter(matrix.clone())
         self.offset = None if offset is None else nn.Parameter(offset.clone())
 
-    def run(self, t: Tensor, stack: Stack, context: Tensor | None) -> Stack:
+    def run(self, t: Tensor, y: Dual, context: Tensor | None) -> Dual:
         def apply(x: Tensor) -> Tensor:
             return (x.flatten(1) @ self.matrix.T).reshape(x.shape)
 
-        bias = None if self.offset is None else self.offset.reshape(stack.value.shape[1:])
-        return stack.linear(apply, bias)
+        bias = None if self.offset is None else self.offset.reshape(y.value.shape[1:])
+        return y.linear(apply, bias)
 
 
 def awake(module: Module, size: float = 0.15, seed: int = 1) -> Module:

@@ -1,20 +1,28 @@
-"""What a flow is."""
+"""What a flow is: the interface that levels, objectives and commands go through."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from mrcnf.flows.solve import Statistics
+from mrcnf.errors import UserError
+from mrcnf.flows.solve import Solver, Statistics
+from mrcnf.flows.trace import Trace
 
 
 @dataclass
 class FlowResult:
-    """What a solve from data to noise tells."""
+    """What a passage from data to noise tells."""
 
     log_prob: Tensor
     """(N,) nats."""
+    dims: int
+    """Dimensions D of one image's y."""
     latent: Tensor
     """The point reached at t = 1, shaped as y."""
     statistics: Statistics
@@ -22,3 +30,112 @@ class FlowResult:
     """(N,): ∫ mean_d f_d² dt, summed over blocks (Finlay et al. 2020)."""
     frobenius: Tensor | None = None
     """(N,): ∫ ‖∂f/∂y‖²_F / D dt, estimated, summed over blocks (Finlay et al. 2020)."""
+
+
+class Step(ABC):
+    """A short invertible piece of a flow, for coding: none of it is differentiable."""
+
+    @abstractmethod
+    def forward(self, y: Tensor) -> Tensor:
+        """y (N, C, H, W) a piece of the way on to the noise."""
+
+    @abstractmethod
+    def backward(self, z: Tensor) -> Tensor:
+        """The y that `forward` takes to z, as exactly as was asked for."""
+
+    @abstractmethod
+    def log_scale(self, y: Tensor) -> Tensor:
+        """Log of the diagonal of `forward`'s Jacobian at y, shaped as y; exact or an estimate."""
+
+
+class Flow(nn.Module, ABC):
+    """An invertible map from what a level models to standard normal noise, given a condition.
+
+    y is (N, C, H, W) of any height and width that the networks take, the condition (N, C', H, W)
+    or None.
+    """
+
+    name: str
+    """What to call this flow in messages."""
+    tied_to_size: bool = False
+    """Whether it is of use at the height and width alone that it was trained on."""
+
+    @abstractmethod
+    def log_prob(
+        self,
+        y: Tensor,
+        condition: Tensor | None = None,
+        *,
+        solver: Solver | None = None,
+        trace: Trace | None = None,
+        end: float = 1.0,
+        regularise: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> FlowResult:
+        """Log-density of y (N, C, H, W), in nats.
+
+        Args:
+            solver, trace, end: of flows that are solved: how, and the time at which the path ends
+                (STEER moves it in training, for each block).
+            regularise: the kinetic energy and the Frobenius norm too.
+            generator: for random probes, on the device of y.
+
+        Raises:
+            SolverError: a solve failed.
+        """
+
+    @abstractmethod
+    def transport(
+        self,
+        y: Tensor,
+        condition: Tensor | None = None,
+        *,
+        backwards: bool = False,
+        solver: Solver | None = None,
+    ) -> Tensor:
+        """Carry y (N, C, H, W) from data to noise, or backwards, without its density."""
+
+    @abstractmethod
+    def steps(
+        self,
+        condition: Tensor | None = None,
+        solver: Solver | None = None,
+        *,
+        trace: Trace | None = None,
+        seed: int = 0,
+        tolerance: float = 1e-6,
+    ) -> Iterator[Step]:
+        """The same map as short invertible pieces, from data to noise.
+
+        Args:
+            trace: how `Step.log_scale` finds a diagonal: exact, or estimated from probes.
+            seed: of the probes, which are the same whenever a step is asked.
+            tolerance: largest element of forward(backward(z)) - z.
+        """
+
+    @abstractmethod
+    def compile(self, **options: Any) -> None:
+        """Compile the networks with torch.compile, for all of the above and for training."""
+
+    @abstractmethod
+    def hidden_weights(self) -> list[nn.Parameter]:
+        """The convolution weights between hidden layers, which Muon may train."""
+
+    def calibrate(self, noise: Tensor, cells: Tensor) -> None:
+        """Learn the units of the data, see `velocity.Field.calibrate`."""
+
+    def velocity(self, t: Tensor, y: Tensor, condition: Tensor | None = None) -> Tensor:
+        """dy/dt at times t (N,), which flow matching regresses: of flows that have one.
+
+        Raises:
+            UserError: as `check_velocity`.
+        """
+        self.check_velocity()
+        raise AssertionError(f"{type(self).__name__} has a velocity and does not say which")
+
+    def check_velocity(self) -> None:
+        """A UserError unless this flow is one velocity field over t ∈ [0, 1]."""
+        raise UserError(
+            f"{self.name}: flow matching trains a velocity, which a {type(self).__name__} does "
+            "not have; set train.objective = likelihood"
+        )

@@ -1,4 +1,4 @@
-"""One continuous flow: velocity fields, a solver and a normal base density.
+"""The continuous flow: velocity fields, a solver and a normal base density; its short steps.
 
     dy/dt = f(t, y | coarse),  t = 0 data, t = 1 standard normal
     log p(y_0) = log N(y_1; 0, I) + ∫ tr(∂f/∂y) dt                 (FFJORD, eq. 3)
@@ -7,26 +7,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mrcnf import seeds
+from mrcnf.errors import UserError
 from mrcnf.flows import trace as tracing
-from mrcnf.flows.base import FlowResult
-from mrcnf.flows.solve import Solver, State, Statistics, solve
+from mrcnf.flows.base import Flow, FlowResult, Step
+from mrcnf.flows.solve import Solver, SolverError, State, Statistics, runge_kutta, solve, time_grid
 from mrcnf.flows.trace import Trace
 from mrcnf.flows.velocity import Conditioned, Field
 
 
-class ContinuousFlow(nn.Module):
-    """A stack of velocity fields, each integrated over t ∈ [0, 1].
+class ContinuousFlow(Flow):
+    """Velocity fields in sequence, each integrated over t ∈ [0, 1].
 
     Args:
         fields: the velocity fields, the first nearest to the data.
         name: what to call this flow in messages.
 
-    >>> from mrcnf.velocity import PaperField
+    >>> from mrcnf.flows.paper_field import PaperField
     >>> flow = ContinuousFlow([PaperField(1)])          # a zero field: the identity
     >>> result = flow.log_prob(torch.zeros(2, 1, 4, 4), solver=Solver(steps=2))
     >>> torch.allclose(result.log_prob, torch.tensor(-8 * math.log(2 * math.pi)))
@@ -37,67 +41,42 @@ class ContinuousFlow(nn.Module):
         super().__init__()
         self.fields = nn.ModuleList(fields)
         self.name = name
+        self.tied_to_size = any(field.tied_to_size for field in fields)
 
-    def hidden_weights(self) -> list[nn.Parameter]:
-        """The convolution weights between hidden layers, of all fields."""
-        return [w for field in self.fields for w in field.hidden_weights()]  # type: ignore[operator]
+    def __iter__(self) -> Iterator[Field]:
+        for field in self.fields:
+            assert isinstance(field, Field)
+            yield field
 
     def log_prob(
         self,
         y: Tensor,
-        coarse: Tensor | None = None,
+        condition: Tensor | None = None,
         *,
         solver: Solver | None = None,
         trace: Trace | None = None,
-        start: float = 0.0,
         end: float = 1.0,
         regularise: bool = False,
         generator: torch.Generator | None = None,
     ) -> FlowResult:
-        """Log-density of y (N, C, H, W), given the coarse image if the fields take one.
-
-        Args:
-            start: time at which y lies on the first field's path (its data end is 0).
-            end: time at which the path ends (STEER moves it in training, for each block).
-            regularise: integrate kinetic energy and Frobenius norm too.
-            generator: for the probes, on the device of y.
-
-        Raises:
-            SolverError: the solve failed.
-        """
         solver, trace = solver or Solver(), trace or Trace()
         dims = math.prod(y.shape[1:])
         # Integrals are carried per dimension, so tolerances mean nats per dimension.
-        totals = [y.new_zeros(len(y)) for _ in range(3 if regularise else 1)]
+        state: State = (y, *(y.new_zeros(len(y)) for _ in range(3 if regularise else 1)))
         statistics = Statistics()
-        for i, field in enumerate(self.fields):
+        for field in self:
             probes = tracing.draw_probes(
                 y, trace.probes, method=trace.method, kind=trace.kind, generator=generator
             )
-            velocity = Conditioned(field, coarse)  # type: ignore[arg-type]
-
-            def dynamics(
-                t: Tensor,
-                state: State,
-                velocity: Conditioned = velocity,
-                probes: Tensor | None = probes,
-            ) -> State:
-                value, divergence, frobenius = tracing.estimate(
-                    velocity, t, state[0], trace.method, probes
-                )
-                rates = [divergence / dims]
-                if regularise:
-                    rates += [value.square().flatten(1).mean(1), frobenius / dims]
-                return (value, *rates)
-
-            parameters = field.run_parameters()  # type: ignore[operator]
+            velocity = Conditioned(field, condition)
+            parameters = field.run_parameters()
             if velocity.context is not None:
                 parameters.append(velocity.context)
-            (y, *totals), cost = solve(
-                dynamics,
-                (y, *totals),
+            state, cost = solve(
+                partial(_rates, velocity, trace.method, probes),
+                state,
                 solver,
-                start if i == 0 else 0.0,
+                0.0,
                 end,
                 velocity=velocity,
                 parameters=parameters,
@@ -105,28 +84,165 @@ class ContinuousFlow(nn.Module):
                 check=not self.training,
             )
             statistics = statistics + cost
+        y, log_volume, *regularisers = state
         normal = -0.5 * (y.square().flatten(1).sum(1) + dims * math.log(2 * math.pi))
-        return FlowResult(normal + dims * totals[0], y, statistics, *totals[1:])
+        return FlowResult(normal + dims * log_volume, dims, y, statistics, *regularisers)
 
     def transport(
         self,
         y: Tensor,
-        coarse: Tensor | None = None,
+        condition: Tensor | None = None,
         *,
         backwards: bool = False,
         solver: Solver | None = None,
-        start: float = 0.0,
     ) -> Tensor:
-        """Carry y (N, C, H, W) from data to noise, or backwards, without its density."""
-        order = list(enumerate(self.fields))
-        for i, field in reversed(order) if backwards else order:
-            velocity = Conditioned(field, coarse)  # type: ignore[arg-type]
-            ends = (start if i == 0 else 0.0, 1.0)
-            (y,), _ = solve(
-                lambda t, state, v=velocity: (v(t, state[0]),),  # type: ignore[misc]
-                (y,),
-                solver or Solver(),
-                *(reversed(ends) if backwards else ends),
-                label=self.name,
-            )
+        ends, fields = ((1.0, 0.0), reversed(list(self))) if backwards else ((0.0, 1.0), iter(self))
+        for field in fields:
+            dynamics = partial(_rate, Conditioned(field, condition))
+            (y,), _ = solve(dynamics, (y,), solver or Solver(), *ends, label=self.name)
         return y
+
+    @torch.no_grad()
+    def steps(
+        self,
+        condition: Tensor | None = None,
+        solver: Solver | None = None,
+        *,
+        trace: Trace | None = None,
+        seed: int = 0,
+        tolerance: float = 1e-6,
+    ) -> Iterator[Step]:
+        solver = solver or Solver()
+        if not solver.steps:
+            raise UserError(
+                f"{self.name}: adaptive steps depend on the images, which a codec does not know "
+                "yet; set solver steps > 0"
+            )
+        for field in self:
+            velocity = Conditioned(field, condition)
+            points = time_grid(solver, 0.0, 1.0)
+            for t, h in zip(points[:-1], points.diff(), strict=True):
+                yield ShortSolve(
+                    velocity, solver.method, t, h, trace or Trace(), seed, tolerance, self.name
+                )
+                seed += 1
+
+    def velocity(self, t: Tensor, y: Tensor, condition: Tensor | None = None) -> Tensor:
+        self.check_velocity()
+        return self.fields[0](t, y, condition)
+
+    def check_velocity(self) -> None:
+        if len(self.fields) > 1:
+            raise UserError(
+                f"{self.name}: flow matching trains one field, and this flow has "
+                f"{len(self.fields)}; set field.blocks = 1, or train.objective = likelihood"
+            )
+
+    def compile(self, **options: Any) -> None:
+        for field in self:
+            field.compile(**options)
+
+    def hidden_weights(self) -> list[nn.Parameter]:
+        return [weight for field in self for weight in field.hidden_weights()]
+
+    def calibrate(self, noise: Tensor, cells: Tensor) -> None:
+        for i, field in enumerate(self):
+            field.calibrate(noise if i == 0 else torch.zeros_like(noise), cells)
+
+
+class ShortSolve(Step):
+    """One Runge–Kutta step of a field from t to t + h.
+
+    Its inverse is the step back, improved by sweeps w ← w + (z - forward(w)), whose error falls
+    by a factor of about h·‖∂f/∂y‖ each.
+
+    Args:
+        velocity: the field with its condition.
+        method: of `solve.FIXED`.
+        t, h: scalars, in double precision.
+        trace: exact or hutchinson, for the diagonal.
+        seed: of its probes.
+        tolerance: largest element of forward(backward(z)) - z.
+        label: what is being solved, for messages.
+    """
+
+    SWEEPS = 50
+    SMALLEST = 1e-2
+    """A diagonal is taken to be no less: an estimate may come out negative."""
+
+    def __init__(
+        self,
+        velocity: Conditioned,
+        method: str,
+        t: Tensor,
+        h: Tensor,
+        trace: Trace,
+        seed: int,
+        tolerance: float,
+        label: str,
+    ) -> None:
+        self.velocity, self.method, self.t, self.h = velocity, method, t, h
+        self.trace, self.seed, self.tolerance, self.label = trace, seed, tolerance, label
+
+    @torch.no_grad()
+    def forward(self, y: Tensor) -> Tensor:
+        (z,) = runge_kutta(
+            self.method, partial(_rate, self.velocity), self.t.to(y), self.h.to(y), (y,)
+        )
+        return z
+
+    @torch.no_grad()
+    def backward(self, z: Tensor) -> Tensor:
+        """The y that `forward` takes to z, to the tolerance.
+
+        Raises:
+            SolverError: the sweeps do not get there, as the step is too long, or the tolerance
+                below what z's precision can hold.
+        """
+        dynamics, end = partial(_rate, self.velocity), self.t + self.h
+        (y,) = runge_kutta(self.method, dynamics, end.to(z), -self.h.to(z), (z,))
+        for _ in range(self.SWEEPS):
+            error = z - self.forward(y)
+            wrong = error.abs().flatten(1).amax(1) > self.tolerance
+            if not bool(wrong.any()):
+                return y
+            # Image by image: what becomes of one must not depend on those beside it.
+            y = torch.where(wrong[:, None, None, None], y + error, y)
+        raise SolverError(
+            self.label,
+            f"no inverse of a step to {self.tolerance:g} in {self.SWEEPS} sweeps",
+            float(self.t),
+            float(self.h),
+            self.SWEEPS,
+            advice="Take more steps, or a tolerance that numbers of this size and precision hold.",
+        )
+
+    @torch.no_grad()
+    def log_scale(self, y: Tensor) -> Tensor:
+        def push(tangents: Tensor) -> Tensor:
+            _, pushed = runge_kutta(
+                self.method, lambda t, state: self.velocity.push(t, *state), self.t.to(y),
+                self.h.to(y), (y, tangents),
+            )  # fmt: skip
+            return pushed
+
+        generator = seeds.generator(self.seed, y.device)
+        diagonal = tracing.diagonal(push, y, self.trace, generator)
+        return diagonal.clamp_min(self.SMALLEST).log()
+
+
+def _rate(velocity: Conditioned, t: Tensor, state: State) -> State:
+    return (velocity(t, state[0]),)
+
+
+def _rates(
+    velocity: Conditioned, method: str, probes: Tensor | None, t: Tensor, state: State
+) -> State:
+    """Of y, of its log-volume per dimension and, if the state has room for them, regularisers."""
+    y, *integrals = state
+    dims = math.prod(y.shape[1:])
+    value, divergence, frobenius = tracing.estimate(velocity, t, y, method, probes)
+    rates = [divergence / dims]
+    if len(integrals) > 1:
+        rates += [value.square().flatten(1).mean(1), frobenius / dims]
+    return (value, *rates)

@@ -1,4 +1,4 @@
-"""The paths from data to noise that flow matching follows.
+"""The paths from data to noise that flow matching follows, at times from `training.times`.
 
     y_t = α(t)·y + β(t)·z,    z ~ N(0, I),    α(0) = 1, β(0) = σ,    α(1) = 0, β(1) = 1
 

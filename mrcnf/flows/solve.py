@@ -7,6 +7,7 @@ atol, and the gradient goes through them or through its continuous adjoint.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -61,8 +62,8 @@ class Solver:
     (torchdiffeq's continuous adjoint; adaptive only)."""
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.first_step < 0:
-            raise UserError("solver steps and first_step must not be negative")
+        if self.steps < 0 or not 0 <= self.first_step < math.inf:
+            raise UserError("solver steps and first_step must be 0 or more, and finite")
         known = FIXED if self.steps > 0 else ADAPTIVE
         kind = "with fixed steps" if self.steps > 0 else "with adaptive steps (steps = 0)"
         if self.method not in known:
@@ -78,8 +79,10 @@ class Solver:
         if self.steps == 0 and self.gradient == "checkpoint":
             raise UserError("solver gradient 'checkpoint' needs fixed steps: set solver steps > 0")
         for name in ("spacing", "rtol", "atol", "max_evaluations"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"solver {name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(
+                    f"solver {name} must be positive and finite, got {getattr(self, name)}"
+                )
 
     def __str__(self) -> str:
         if self.steps:
@@ -116,13 +119,19 @@ class Statistics:
 class SolverError(RuntimeError):
     """The solve failed; the message says where and what to try."""
 
-    def __init__(self, label: str, why: str, t: float, step: float, evaluations: int) -> None:
+    ADVICE = (
+        "The velocity field is too stiff here, or not finite: check images and weights, loosen "
+        "rtol and atol, raise max_evaluations, use fixed steps, or train with kinetic-energy "
+        "regularisation or gradient clipping."
+    )
+
+    def __init__(
+        self, label: str, why: str, t: float, step: float, evaluations: int, advice: str = ADVICE
+    ) -> None:
         self.label, self.t, self.step, self.evaluations = label, t, step, evaluations
         super().__init__(
             f"{label}: {why} at t = {t:.4g} (last step {step:.3g}, {evaluations} evaluations). "
-            "The velocity field is too stiff here, or not finite: check images and weights, loosen "
-            "rtol and atol, raise max_evaluations, use fixed steps, or train with kinetic-energy "
-            "regularisation or gradient clipping."
+            f"{advice}"
         )
 
 
@@ -162,7 +171,7 @@ def solve(
     return state, statistics
 
 
-def grid(
+def time_grid(
     solver: Solver, t0: float, t1: float, device: torch.device | None = None
 ) -> Tensor:
     """The steps + 1 points of a fixed-step solve, in double precision."""
@@ -181,24 +190,11 @@ def _fixed(
     t1: float,
     velocity: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> tuple[State, Statistics]:
-    nodes, coefficients, weights = _TABLEAUS[solver.method]
-
     def step(t: Tensor, h: Tensor, *y: Tensor) -> State:
-        slopes: list[State] = []
-        for node, row, weight in zip(nodes, coefficients, weights, strict=True):
-            if velocity is None:
-                slopes.append(dynamics(t + node * h, _combine(y, h, row, slopes)))
-                continue
-            (moved,) = _combine(y[:1], h, row, slopes)
-            slopes.append(
-                dynamics(t + node * h, (moved, *y[1:]))
-                if weight
-                else (velocity(t + node * h, moved),)
-            )
-        return _combine(y, h, weights, slopes)
+        return runge_kutta(solver.method, dynamics, t, h, y, velocity)
 
     # Made on the device: a copy from here would wait for it, and bar CUDA graphs.
-    points = grid(solver, t0, t1, state[0].device)
+    points = time_grid(solver, t0, t1, state[0].device)
     starts = points[:-1].to(state[0])
     widths = points.diff().to(state[0])
     for t, h in zip(starts, widths, strict=True):
@@ -206,7 +202,29 @@ def _fixed(
             state = checkpoint(step, t, h, *state, use_reentrant=False)
         else:
             state = step(t, h, *state)
-    return state, Statistics(len(nodes) * solver.steps, solver.steps)
+    stages = len(_TABLEAUS[solver.method][0])
+    return state, Statistics(stages * solver.steps, solver.steps)
+
+
+def runge_kutta(
+    method: str,
+    dynamics: Dynamics,
+    t: Tensor,
+    h: Tensor,
+    state: State,
+    velocity: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> State:
+    """One step of a method of `FIXED` from t to t + h; `velocity` as for `solve`."""
+    nodes, coefficients, weights = _TABLEAUS[method]
+    slopes: list[State] = []
+    for node, row, weight in zip(nodes, coefficients, weights, strict=True):
+        now = t + node * h
+        if velocity is None:
+            slopes.append(dynamics(now, _combine(state, h, row, slopes)))
+            continue
+        (moved,) = _combine(state[:1], h, row, slopes)
+        slopes.append(dynamics(now, (moved, *state[1:])) if weight else (velocity(now, moved),))
+    return _combine(state, h, weights, slopes)
 
 
 def _combine(y: State, h: Tensor, weights: Sequence[float], slopes: Sequence[State]) -> State:

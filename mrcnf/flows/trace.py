@@ -2,7 +2,7 @@
 
 The rate of change of a log-density along dy/dt = f(t, y) is -∇·f, the trace of the Jacobian
 J = ∂f/∂y (Chen et al. 2018, eq. 8). Forward mode gives f and J·e from one pass: fields of this
-package push a stack ``[y; e_1; …; e_K]`` through every layer (`velocity`), any other function
+package push ``[y; e_1; …; e_K]`` through every layer (`velocity`), any other function
 goes through `torch.func.jvp`. Nothing here needs a backward pass of its own, so a loss built
 on a divergence is differentiated once.
 """
@@ -10,7 +10,7 @@ on a divergence is differentiated once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +23,8 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 
 METHODS = ("exact", "hutchinson", "hutch++")
 PROBES = ("rademacher", "gaussian")
+CHUNK = 256
+"""Unit tangents that an exact trace pushes at a time."""
 
 
 @dataclass(frozen=True)
@@ -151,12 +153,41 @@ def linearise(f: Velocity, t: Tensor, y: Tensor, tangents: Tensor) -> tuple[Tens
     return values[0], pushed
 
 
-def _exact(f: Velocity, t: Tensor, y: Tensor, chunk: int = 256) -> Divergence:
-    dims = math.prod(y.shape[1:])
-    identity = torch.eye(dims, device=y.device, dtype=y.dtype)
+def diagonal(
+    push: Callable[[Tensor], Tensor], y: Tensor, trace: Trace, generator: torch.Generator
+) -> Tensor:
+    """The diagonal of a linear map of y's space, shaped as y: exact, or its unbiased estimate.
+
+    Args:
+        push: tangents (K, N, …) to what the map makes of them.
+        trace: "exact", or "hutchinson": the mean of e·(J e) over probes, element by element
+            (Bekas, Kokiopoulou & Saad 2007).
+
+    Raises:
+        UserError: the method is hutch++, which knows traces alone.
+    """
+    if trace.method == "exact":
+        parts = [(basis * push(basis)).sum(0) for basis in _bases(y)]
+        return torch.stack(parts).sum(0)
+    if trace.method != "hutchinson":
+        raise UserError(f"a diagonal cannot be had by {trace.method}; use exact or hutchinson")
+    # The same for every image: an image's diagonal must not depend on those beside it.
+    probes = draw_probes(y[:1], trace.probes, kind=trace.kind, generator=generator)
+    assert probes is not None
+    probes = probes.expand(-1, *y.shape)
+    return (probes * push(probes)).mean(0)
+
+
+def _bases(y: Tensor) -> Iterator[Tensor]:
+    """The unit tangents (K, N, …) of every image of y, some at a time."""
+    identity = torch.eye(math.prod(y.shape[1:]), device=y.device, dtype=y.dtype)
+    for rows in identity.split(CHUNK):
+        yield rows.reshape(-1, 1, *y.shape[1:]).expand(-1, *y.shape)
+
+
+def _exact(f: Velocity, t: Tensor, y: Tensor) -> Divergence:
     trace = frobenius = y.new_zeros(len(y))
-    for rows in identity.split(chunk):
-        basis = rows.reshape(-1, 1, *y.shape[1:]).expand(-1, *y.shape)
+    for basis in _bases(y):
         value, pushed = linearise(f, t, y, basis)
         trace = trace + _dot(basis, pushed).sum(0)
         frobenius = frobenius + _dot(pushed, pushed).sum(0)
@@ -177,7 +208,7 @@ def _hutch_plus_plus(f: Velocity, t: Tensor, y: Tensor, probes: Tensor) -> Diver
         basis, _ = torch.linalg.qr(_columns(pushed))  # (N, D, K), orthonormal
     flat = _columns(rest)
     flat = flat - basis @ (basis.mT @ flat)
-    directions = torch.cat((_stack(basis, y), _stack(flat, y)))
+    directions = torch.cat((_tangents(basis, y), _tangents(flat, y)))
     value, pushed = linearise(f, t, y, directions)
     along, across = _dot(directions, pushed).chunk(2)
     spread, rest_spread = _dot(pushed, pushed).chunk(2)
@@ -189,9 +220,9 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).flatten(2).sum(2)
 
 
-def _columns(stack: Tensor) -> Tensor:
-    return stack.flatten(2).permute(1, 2, 0)
+def _columns(tangents: Tensor) -> Tensor:
+    return tangents.flatten(2).permute(1, 2, 0)
 
 
-def _stack(columns: Tensor, y: Tensor) -> Tensor:
+def _tangents(columns: Tensor, y: Tensor) -> Tensor:
     return columns.permute(2, 0, 1).reshape(-1, *y.shape)

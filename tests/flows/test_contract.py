@@ -12,10 +12,12 @@ from fields import LinearField, awake, matrix
 
 from mrcnf.errors import UserError
 from mrcnf.flows import trace as tracing
+from mrcnf.flows.base import Flow
 from mrcnf.flows.continuous import ContinuousFlow
-from mrcnf.flows.solve import Solver
+from mrcnf.flows.paper_field import PaperField
+from mrcnf.flows.residual_field import ResidualField
+from mrcnf.flows.solve import FIXED, Solver, SolverError
 from mrcnf.flows.trace import Trace
-from mrcnf.flows.velocity import PaperField, ResidualField
 
 EXACT = Trace("exact")
 TIGHT = Solver("dopri5", steps=0, rtol=1e-8, atol=1e-8)
@@ -198,6 +200,125 @@ def test_estimated_log_probs_average_to_the_exact_one(method, name):
     assert (found.mean() - exact).abs() < 4 * found.std() / math.sqrt(rows)
 
 
+# -- short steps -------------------------------------------------------------------------------
+
+
+@EVERY
+@pytest.mark.parametrize("method", FIXED)
+def test_steps_are_the_same_map(name, method):
+    flow, y, coarse = case(name)
+    solver = Solver(method, steps=5)
+    z = y
+    for step in flow.steps(coarse, solver):
+        z = step.forward(z)
+    with torch.no_grad():
+        expected = flow.transport(y, coarse, solver=solver)
+    torch.testing.assert_close(z, expected, rtol=0, atol=1e-12)
+
+
+@EVERY
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-12])
+def test_steps_are_undone_to_the_accuracy_asked_for(name, tolerance):
+    flow, y, coarse = case(name)
+    for step in flow.steps(coarse, Solver("midpoint", steps=12), tolerance=tolerance):
+        z = step.forward(y)
+        back = step.backward(z)
+        assert (step.forward(back) - z).abs().max() <= tolerance
+        # Off by no more than that, times what the inverse stretches it by.
+        assert (back - y).abs().max() <= 20 * tolerance
+        assert (z - y).abs().max() > 1e-4
+        y = z
+
+
+@EVERY
+def test_the_scale_of_a_step_is_the_diagonal_of_its_jacobian(name):
+    flow, y, coarse = case(name)
+    condition = None if coarse is None else coarse[:1]
+    for step in flow.steps(condition, Solver("bosh3", steps=3), trace=EXACT):
+        # Differences: steps are not differentiable, nor need to be.
+        h = 1e-5
+        basis = h * torch.eye(6, dtype=torch.float64).reshape(6, 1, 1, 2, 3)
+        rise = [step.forward(y[:1] + e) - step.forward(y[:1] - e) for e in basis]
+        diagonal = (torch.stack(rise) * basis).sum(0) / (2 * h * h)
+        torch.testing.assert_close(step.log_scale(y[:1]).exp(), diagonal, rtol=0, atol=1e-8)
+        assert (diagonal - 1).abs().max() > 1e-3
+
+
+def test_estimated_scales_average_to_the_diagonal_and_repeat():
+    flow, y, coarse = case("residual, coarse")
+    many = {"trace": Trace("hutchinson", 4000), "seed": 7}
+    exact = next(flow.steps(coarse, STEPS, trace=EXACT)).log_scale(y)
+    step = next(flow.steps(coarse, STEPS, **many))
+    torch.testing.assert_close(step.log_scale(y), exact, rtol=0, atol=0.05)
+    again = next(flow.steps(coarse, STEPS, **many)).log_scale(y)
+    assert torch.equal(step.log_scale(y), again)
+    few = [next(flow.steps(coarse, STEPS, seed=s)).log_scale(y) for s in (1, 2)]
+    assert not torch.equal(*few)
+
+
+@EVERY
+def test_what_a_step_makes_of_an_image_does_not_depend_on_those_beside_it(name):
+    """A codec may decode in other batches than it encoded in."""
+    flow, y, coarse = case(name, n=3)
+    y[0] *= 3  # takes more sweeps than the others
+    alone = flow.steps(None if coarse is None else coarse[1:2], Solver("midpoint", steps=12))
+    for step, single in zip(flow.steps(coarse, Solver("midpoint", steps=12)), alone, strict=True):
+        for of_batch, of_image in ((step.backward, single.backward),
+                                   (step.log_scale, single.log_scale)):  # fmt: skip
+            torch.testing.assert_close(of_batch(y)[1:2], of_image(y[1:2]), rtol=0, atol=1e-13)
+
+
+@EVERY
+def test_steps_work_in_single_precision(name):
+    flow, y, coarse = case(name)
+    flow, y = flow.float(), y.float()
+    coarse = None if coarse is None else coarse.float()
+    for step in flow.steps(coarse, Solver("midpoint", steps=12), tolerance=1e-5):
+        z = step.forward(y)
+        torch.testing.assert_close(step.backward(z), y, rtol=0, atol=2e-4)
+        y = z
+
+
+def test_steps_that_cannot_be_had_are_refused():
+    flow, y, coarse = case("paper")
+    with pytest.raises(UserError, match="set solver steps > 0"):
+        next(flow.steps(coarse, TIGHT))
+    with pytest.raises(UserError, match="hutch"):
+        next(flow.steps(coarse, STEPS, trace=Trace("hutch++"))).log_scale(y)
+    step = next(flow.steps(coarse, Solver("euler", steps=1), tolerance=1e-30))
+    with pytest.raises(SolverError, match=r"in 50 sweeps.*Take more steps, or a tolerance"):
+        step.backward(y)
+
+
+# -- velocity ----------------------------------------------------------------------------------
+
+
+def test_a_flow_of_one_field_has_its_velocity():
+    flow, y, coarse = case("residual, coarse")
+    t = torch.tensor([0.1, 0.7], dtype=torch.float64)
+    assert torch.equal(flow.velocity(t, y, coarse), flow.fields[0](t, y, coarse))
+
+
+class Shift(Flow):
+    """y + 1: a flow without a velocity."""
+
+    name = "level 4"
+
+    def log_prob(self, y, condition=None, **how):
+        raise AssertionError
+
+    transport = steps = compile = hidden_weights = log_prob
+
+
+def test_asking_for_a_velocity_that_is_not_there_is_one_clear_line():
+    y, t = torch.zeros(2, 1, 2, 3), torch.zeros(2)
+    with pytest.raises(UserError, match=r"level 4.*Shift.*train.objective = likelihood"):
+        Shift().velocity(t, y)
+    flow, *_ = case("paper, 2 blocks")
+    with pytest.raises(UserError, match=r"one field.*has 2.*field.blocks = 1"):
+        flow.velocity(t, y)
+
+
 # -- linear flows -----------------------------------------------------------------------------
 
 SOLVERS = {
@@ -265,17 +386,13 @@ def test_blocks_add_their_regularisers():
     torch.testing.assert_close(found.kinetic, first.kinetic + second.kinetic, rtol=0, atol=1e-6)
 
 
-def test_start_and_end_are_the_ends_of_the_path():
+def test_the_end_is_the_end_of_the_path():
     a, y = matrix(6), torch.randn(3, 1, 2, 3, dtype=torch.float64)
     flow = ContinuousFlow([LinearField(a)])
-    found = flow.log_prob(y, solver=TIGHT, trace=EXACT, start=0.2, end=1.1)
-    latent = y.flatten(1) @ torch.matrix_exp(0.9 * a).T
-    expected = -0.5 * (latent.square().sum(1) + 6 * math.log(2 * math.pi)) + 0.9 * a.trace()
+    found = flow.log_prob(y, solver=TIGHT, trace=EXACT, end=1.1)
+    latent = y.flatten(1) @ torch.matrix_exp(1.1 * a).T
+    expected = -0.5 * (latent.square().sum(1) + 6 * math.log(2 * math.pi)) + 1.1 * a.trace()
     torch.testing.assert_close(found.log_prob, expected, rtol=0, atol=1e-5)
-    back = flow.transport(
-        flow.transport(y, start=0.2, solver=TIGHT), start=0.2, solver=TIGHT, backwards=True
-    )
-    torch.testing.assert_close(back, y, rtol=0, atol=1e-6)
 
 
 # -- densities --------------------------------------------------------------------------------

@@ -7,13 +7,15 @@ from fields import awake
 from torch import nn
 
 from mrcnf.errors import UserError
-from mrcnf.flows import velocity
 from mrcnf.flows.continuous import ContinuousFlow
+from mrcnf.flows.fields import build
+from mrcnf.flows.paper_field import PaperField
 from mrcnf.flows.paths import PATHS
+from mrcnf.flows.residual_field import TIME_FEATURES, ResidualField, time_features
 from mrcnf.flows.solve import Solver
-from mrcnf.flows.tangents import Stack
+from mrcnf.flows.tangents import Dual
 from mrcnf.flows.trace import Trace
-from mrcnf.flows.velocity import Conditioned, PaperField, ResidualField
+from mrcnf.flows.velocity import Conditioned
 
 FIELDS = {
     "paper": lambda: PaperField(2, hidden=(5, 6)),
@@ -127,8 +129,8 @@ def test_wild_spreads_stay_finite_in_single_precision(log_spread, t):
     field = ResidualField(2, width=4, depth=1)
     with torch.no_grad():
         field.last.bias[2:] = log_spread
-    stack = Stack(torch.randn(1, 2, 4, 4), torch.randn(1, 1, 2, 4, 4))
-    for part in field.run(torch.tensor(t), stack, None):
+    y, tangents = torch.randn(1, 2, 4, 4), torch.randn(1, 1, 2, 4, 4)
+    for part in field.push(torch.tensor(t), y, tangents, None):
         assert part.isfinite().all()
         field.zero_grad()
         part.sum().backward(retain_graph=True)
@@ -198,7 +200,7 @@ def test_run_parameters_are_those_that_the_context_does_not_use(name):
     else:
         detached = context.detach()
     # Adding y makes a graph even where the context was all that had one.
-    out = field.run(torch.tensor(0.3).double(), Stack(y.requires_grad_(), None), detached)
+    out = field.run(torch.tensor(0.3).double(), Dual(y.requires_grad_(), None), detached)
     out = out.value
     everything = list(field.parameters())
     used = torch.autograd.grad(out.sum(), everything, allow_unused=True)
@@ -208,24 +210,24 @@ def test_run_parameters_are_those_that_the_context_does_not_use(name):
 
 def test_the_slope_is_the_derivative():
     x = torch.linspace(-30, 30, 121, dtype=torch.float64, requires_grad=True)
-    value, slope = Stack(x, torch.ones_like(x)[None]).silu()
-    torch.testing.assert_close(value, F.silu(x), rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(Stack(x, None).silu().value, F.silu(x))
+    found = Dual(x, torch.ones_like(x)[None]).silu()
+    torch.testing.assert_close(found.value, F.silu(x), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(Dual(x, None).silu().value, F.silu(x))
     (expected,) = torch.autograd.grad(F.silu(x).sum(), x)
-    torch.testing.assert_close(slope[0], expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.tangents[0], expected, rtol=0, atol=1e-12)
 
 
 def test_time_features_are_finite_at_and_beyond_the_ends():
     t = torch.tensor([-0.1, 0.0, 0.5, 1.0, 1.1], dtype=torch.float64, requires_grad=True)
-    features = velocity.time_features(t)
-    assert features.shape == (5, velocity.TIME_FEATURES) and features.isfinite().all()
+    features = time_features(t)
+    assert features.shape == (5, TIME_FEATURES) and features.isfinite().all()
     assert torch.equal(features[0], features[1]) and torch.equal(features[3], features[4])
     assert torch.equal(features[2, :1], torch.zeros(1, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("kind, expected", [("residual", ResidualField), ("paper", PaperField)])
 def test_fields_are_built_by_name(kind, expected):
-    field = velocity.build(kind, 3, 1, width=8, depth=2)
+    field = build(kind, 3, 1, width=8, depth=2)
     assert type(field) is expected
     y = torch.randn(2, 3, 4, 4)
     assert field(torch.tensor(0.5), y, torch.randn(2, 1, 4, 4)).shape == y.shape
@@ -233,4 +235,23 @@ def test_fields_are_built_by_name(kind, expected):
 
 def test_an_unknown_field_is_refused():
     with pytest.raises(UserError, match=r"'unet'.*residual, paper"):
-        velocity.build("unet", 3)
+        build("unet", 3)
+
+
+@pytest.mark.parametrize("name", ["paper, coarse", "residual, coarse"])
+def test_tangents_are_in_single_precision_where_the_network_is_not(name):
+    """Traces are sums of many products; the last one of bfloat16 numbers would be one of them."""
+    field, y, coarse = case(name)
+    field, y, coarse = field.float(), y.float(), coarse.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        f, tangents = Conditioned(field, coarse), torch.ones(2, *y.shape)
+        value, pushed = f.push(torch.tensor(0.3), y, tangents)
+    assert value.dtype == pushed.dtype == torch.float32
+
+
+def test_adding_duals_adds_them():
+    a = Dual(torch.tensor(2.0), torch.tensor([3.0]))
+    both = a + a
+    assert (both.value, both.tangents) == (4.0, 6.0)
+    product = a * a
+    assert (product.value, product.tangents) == (4.0, 12.0)

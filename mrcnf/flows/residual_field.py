@@ -1,0 +1,239 @@
+"""The default velocity network: residual blocks, preconditioned by a spread of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mrcnf.flows import paths
+from mrcnf.flows.lattice_features import Lattice
+from mrcnf.flows.tangents import Conv, Dual, normalise
+from mrcnf.flows.velocity import Field
+
+
+class ResidualField(Field):
+    """The default network: residual blocks, modulated by time and by the coarse image.
+
+    Time, as features of log t/(1-t), scales and shifts every block; the coarse image goes
+    through convolutions of its own, once per solve, and is added inside every block. The
+    network answers with two numbers per coefficient, F and log q, and the velocity is
+
+        f(t, y) = g·y + m·F,    v = α²q² + β²,    g = (αα'q² + ββ')/v,    m = W·q/√v
+
+    (α, β, W of `paths`). g·y would be the best prediction of the velocity, and m what is left
+    to predict, were y normal of standard deviation q: the preconditioning of Karras et al.
+    (2022, §5) with a spread that the network finds for itself, as smooth patches and rough
+    ones have details of very different size. F = log q = 0 transports a standard normal to
+    itself.
+
+    With several scales the blocks form a U: `depth` of them at each scale on the way down and
+    again on the way up, at each scale twice as wide on half the side.
+
+    Args:
+        channels: of y.
+        coarse_channels: of the coarse image, 0 for a base level.
+        width: channels of the hidden layers at the full scale.
+        depth: number of residual blocks, of two 3×3 convolutions each (at every scale, see above).
+        scales: 1 works at full scale throughout.
+        attention: self-attention over positions after each block of the smallest scale.
+        path: of `paths.PATHS`, what the field is trained on.
+        lattice: pixels per position, whose phases on the lattice of integers the field is to
+            see (`lattice.Lattice`); 0 for none.
+    """
+
+    noise: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        coarse_channels: int = 0,
+        width: int = 48,
+        depth: int = 4,
+        scales: int = 1,
+        attention: bool = False,
+        path: str = "straight",
+        lattice: int = 0,
+    ) -> None:
+        super().__init__()
+        self.width, self.smallest, self.path = width, scales - 1, path
+        self.tied_to_size = attention
+        way_down = [scale for scale in range(self.smallest) for _ in range(depth)]
+        self.plan = [*way_down, *[self.smallest] * depth, *reversed(way_down)]
+        self.widths = [width * 2**scale for scale in self.plan]
+        self.lattice = Lattice(channels, coarse_channels, lattice) if lattice else None
+        self.first = Conv(channels + 2 * lattice, width, 3, padding=1)
+        self.blocks = nn.ModuleList(_Block(w) for w in self.widths)
+        sizes = list(pairwise(width * 2**scale for scale in range(scales)))
+        self.down = nn.ModuleList(Conv(fine, small, 2, stride=2) for fine, small in sizes)
+        self.up = nn.ModuleList(Conv(small, fine, 1) for fine, small in sizes)
+        self.attention = nn.ModuleList(
+            _Attention(width * 2**self.smallest) for _ in range(depth if attention else 0)
+        )
+        self.last = Conv(width, 2 * channels, 3, padding=1)
+        self.time = nn.Sequential(
+            nn.Linear(TIME_FEATURES, 2 * width), nn.SiLU(),
+            nn.Linear(2 * width, 2 * sum(self.widths)),
+        )  # fmt: skip
+        self.coarse = (
+            nn.Sequential(
+                nn.Conv2d(coarse_channels, width, 3, padding=1),
+                nn.SiLU(),
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.SiLU(),
+                nn.Conv2d(width, width + sum(self.widths), 1),
+            )
+            if coarse_channels
+            else None
+        )
+        self.register_buffer("noise", torch.zeros(channels, 1, 1))
+        for layer in (self.last, self.time[-1]):
+            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    def calibrate(self, noise: Tensor, cells: Tensor) -> None:
+        self.noise.copy_(noise)
+        if self.lattice is not None:
+            self.lattice.calibrate(cells)
+
+    def context(self, coarse: Tensor | None) -> Tensor | None:
+        if self.coarse is None or coarse is None:
+            return None
+        maps = self.coarse(coarse)
+        return maps if self.lattice is None else torch.cat((maps, coarse), 1)
+
+    def run_parameters(self) -> list[Tensor]:
+        return [p for name, p in self.named_parameters() if not name.startswith("coarse.")]
+
+    def hidden_weights(self) -> list[nn.Parameter]:
+        outer = {"first.weight", "last.weight", "coarse.0.weight"}
+        return [p for name, p in self.named_parameters() if p.dim() == 4 and name not in outer]
+
+    def run(self, t: Tensor, y: Dual, context: Tensor | None) -> Dual:
+        t = t.to(y.value.dtype)
+        y = y.channels_last()
+        path = paths.at(self.path, t.reshape(-1, 1, 1, 1), self.noise)
+        scales, shifts = self.time(time_features(t.reshape(-1)))[:, :, None, None].chunk(2, dim=1)
+        coarse: Tensor | None = None
+        maps: Sequence[Tensor] = ()
+        if context is not None:
+            used = self.width + sum(self.widths)
+            coarse = context[:, used:]
+            entry, *maps = context[:, :used].split([self.width, *self.widths], dim=1)
+        seen = y.scale((path.alpha**2 + path.beta**2).rsqrt())
+        if self.lattice is not None:
+            seen = seen.cat(self.lattice(path, y, coarse))
+        hidden = self.first(seen)
+        if context is not None:
+            hidden = hidden.shift(entry.to(hidden.value.dtype))
+        hidden = self._through_blocks(
+            hidden, scales.split(self.widths, 1), shifts.split(self.widths, 1), maps
+        )
+        answer, log_spread = self.last(normalise(hidden).silu()).chunk(2)
+        gain, size = _precondition(path, log_spread)
+        return y * gain + answer * size
+
+    def _through_blocks(
+        self,
+        hidden: Dual,
+        scales: Sequence[Tensor],
+        shifts: Sequence[Tensor],
+        maps: Sequence[Tensor],
+    ) -> Dual:
+        """The blocks, with what time and the coarse image (`maps`) tell each of them."""
+        attention, skipped, now = iter(self.attention), [], 0
+        for i, (scale, shift) in enumerate(zip(scales, shifts, strict=True)):
+            if self.plan[i] > now:
+                skipped.append(hidden)
+                hidden = self.down[now](hidden)
+            elif self.plan[i] < now:
+                wide = self.up[now - 1](hidden)
+                hidden = wide.linear(lambda x: F.interpolate(x, scale_factor=2)) + skipped.pop()
+            now = self.plan[i]
+            if maps:
+                own = maps[i].to(shift.dtype)
+                shift = shift + (F.avg_pool2d(own, 2**now) if now else own)
+            hidden = self.blocks[i](hidden, 1 + scale, shift)
+            if now == self.smallest and self.attention:
+                hidden = next(attention)(hidden)
+        return hidden
+
+
+def _precondition(path: paths.Path, log_spread: Dual) -> tuple[Dual, Dual]:
+    """g and m of `ResidualField` and their derivatives by log q."""
+    alpha, beta, wronskian = path.alpha, path.beta, path.wronskian
+    wild = log_spread.value.to(alpha.dtype)
+    # Further out squares of variances leave the range of single precision.
+    log_spread = log_spread.map(wild.clamp(-15, 15), lambda: (wild.abs() < 15).to(wild.dtype))
+    variance = (2 * log_spread.value).exp()
+    total = alpha**2 * variance + beta**2
+    gain = (alpha * path.alpha_rate * variance + beta * path.beta_rate) / total
+    size = wronskian * (variance / total).sqrt()
+    return (
+        log_spread.map(gain, lambda: -2 * alpha * beta * wronskian * variance / total / total),
+        log_spread.map(size, lambda: size * beta**2 / total),
+    )
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = Conv(width, width, 3, padding=1)
+        self.outer = Conv(width, width, 3, padding=1)
+        with torch.no_grad():
+            self.outer.weight *= 0.3
+
+    def forward(self, hidden: Dual, scale: Tensor, shift: Tensor) -> Dual:
+        inner = self.inner(normalise(hidden).silu())
+        return hidden + self.outer(inner.scale(scale).shift(shift).silu())
+
+
+class _Attention(nn.Module):
+    """Self-attention over all positions, added to what comes in."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = next(h for h in range(max(1, width // 64), 0, -1) if width % h == 0)
+        self.inner = Conv(width, 3 * width, 1)
+        self.outer = Conv(width, width, 1)
+        with torch.no_grad():
+            self.outer.weight *= 0.3
+
+    def forward(self, hidden: Dual) -> Dual:
+        side = hidden.value.shape[-2:]
+        inner = self.inner(normalise(hidden))
+        value, tangents = inner.value, inner.tangents
+        q, k, v = self._split(value)
+        scale = q.shape[-1] ** -0.5
+        # Written out: PyTorch's fused attention has no forward-mode derivative.
+        weights = (q @ k.mT * scale).softmax(-1)
+        pushed = None
+        if tangents is not None:
+            dq, dk, dv = self._split(tangents)
+            slope = (dq @ k.mT + q @ dk.mT) * scale
+            slope = weights * (slope - (weights * slope).sum(-1, keepdim=True))
+            pushed = self._join(slope @ v + weights @ dv, side)
+        return hidden + self.outer(Dual(self._join(weights @ v, side), pushed))
+
+    def _split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(…, 3·C, H, W) → queries, keys and values, (…, heads, H·W, C/heads) each."""
+        return x.flatten(-2).unflatten(-2, (3, self.heads, -1)).mT.unbind(-4)
+
+    def _join(self, x: Tensor, side: torch.Size) -> Tensor:
+        return x.mT.flatten(-3, -2).unflatten(-1, side)
+
+
+TIME_FEATURES = 17
+_TIME_EDGE = 1e-3
+
+
+def time_features(t: Tensor) -> Tensor:
+    """(N,) times → (N, 17): log t/(1-t), held constant outside [0, 1], and its harmonics."""
+    t = t.clamp(0, 1)
+    log_odds = ((t + _TIME_EDGE) / (1 - t + _TIME_EDGE)).log() / 7.0
+    angles = log_odds[:, None] * (math.pi / 2) * torch.arange(1, 9, device=t.device, dtype=t.dtype)
+    return torch.cat((log_odds[:, None], angles.sin(), angles.cos()), dim=1)
