@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def log_prob_of_integers(log_density: Tensor, log_q: Tensor, dims: int, nbits: int = 8) -> Tensor:
-    """The bound above for each noise draw: log p(x) - log q(u) - D·log 2^b, in nats."""
+    """The bound of `noise` for each noise draw: log p(x) - log q(u) - D·log 2^b, in nats."""
     return log_density - log_q - dims * nbits * math.log(2.0)
 
 

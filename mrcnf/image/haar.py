@@ -1,4 +1,4 @@
-"""The unimodular Haar transform: an image becomes a coarser image and its details.
+"""The unimodular Haar transform, and its integer form: an image becomes a coarser one and details.
 
 A 2×2 patch ``x1 x2 / x3 x4`` becomes its mean and three scaled differences::
 
@@ -62,23 +62,7 @@ def merge(detail: Tensor, coarse: Tensor) -> Tensor:
     )
 
 
-def pyramid(x: Tensor, levels: int) -> tuple[list[Tensor], Tensor]:
-    """Split `levels` times: details from the finest to the coarsest, and the coarsest image."""
-    details = []
-    for _ in range(levels):
-        detail, x = split(x)
-        details.append(detail)
-    return details, x
-
-
-def unpyramid(details: list[Tensor], coarse: Tensor) -> Tensor:
-    """The inverse of `pyramid`."""
-    for detail in reversed(details):
-        coarse = merge(detail, coarse)
-    return coarse
-
-
-def reduce(x: Tensor, times: int = 1) -> Tensor:
+def means(x: Tensor, times: int = 1) -> Tensor:
     """The coarse image after `times` splits: means over 2^times × 2^times pixels.
 
     Sums in the same order as `split`, so the result is the pyramid's to the last bit.
@@ -122,23 +106,6 @@ def unlift(detail: Tensor, coarse: Tensor) -> Tensor:
     top, bottom = _unlift_pair(coarse, rows)
     top_step, bottom_step = _unlift_pair(columns, diagonal)
     return interleave(*_unlift_pair(top, top_step), *_unlift_pair(bottom, bottom_step))
-
-
-def contain(x: Tensor, coarse: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """Shrink each 2×2 patch of x towards its mean until it lies in [low, high].
-
-    Clamping would move the mean; this keeps it.
-
-    Args:
-        x: (N, C, H, W).
-        coarse: (N, C, H/2, W/2), the means of x's patches, themselves in [low, high].
-    """
-    mean = coarse.repeat_interleave(2, -1).repeat_interleave(2, -2)
-    deviation = x - mean
-    room = torch.where(deviation > 0, high - mean, mean - low)
-    fits = torch.where(deviation == 0, 1.0, room / deviation.abs()).clamp(0, 1)
-    least = -torch.nn.functional.max_pool2d(-fits, 2)
-    return mean + deviation * least.repeat_interleave(2, -1).repeat_interleave(2, -2)
 
 
 def _lift_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Variational dequantisation: noise in the cells of the integers, shaped by a network."""
+"""Learned noise in the cells of the integers: variational dequantisation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mrcnf.image import haar
 _PAIRS = ((0, 1), (2, 3), (0, 2), (1, 3))
 
 
-class Dequantiser(nn.Module):
+class LearnedNoise(nn.Module):
     """Uniform noise u in each cell bent to u' = σ(a + e^b·logit u), with a, b from the integers.
 
     log p(x + u') + log du'/du bounds log P of the integers for every a and b (Ho et al. 2019,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mrcnf.errors import UserError
 
-KINDS = ("uniform", "gaussian")
+NOISES = ("uniform", "gaussian")
 GAUSSIAN_STD = 1.0 / 6.0
 """Standard deviation of the Gaussian noise before truncation, in cells."""
 
@@ -54,7 +54,7 @@ def dequantise(
     elif kind == "gaussian":
         u, log_q = _truncated_gaussian(u)
     else:
-        raise UserError(f"unknown dequantisation {kind!r}; choose one of {', '.join(KINDS)}")
+        raise UserError(f"unknown dequantisation {kind!r}; choose one of {', '.join(NOISES)}")
     # Rounding up to the next integer would leave the cell; the largest float below 1 does not.
     cell_end = 1 - torch.finfo(dtype).eps * levels
     return (integers + u.clamp(max=cell_end)) / levels, log_q

@@ -1,49 +1,56 @@
 """One level of the model: what it models, in which units, and with which flow.
 
 Levels are named by the resolution that they produce: level 32 takes 16×16 to 32×32, the
-coarsest level is the base. Levels share nothing.
+coarsest level is the base. Levels share nothing. They know ratios of sizes only: a level of
+images of any height and width is the same level.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mrcnf import runtime
 from mrcnf.errors import UserError
-from mrcnf.flows import velocity
-from mrcnf.flows.base import FlowResult
+from mrcnf.flows import fields
+from mrcnf.flows.base import Flow, FlowResult
 from mrcnf.flows.continuous import ContinuousFlow
 from mrcnf.flows.solve import Solver, Statistics
-from mrcnf.flows.tangents import mix
 from mrcnf.flows.trace import Trace
-from mrcnf.image import haar, pyramids
+from mrcnf.image import pyramids
 from mrcnf.image.bits import log_prob_of_integers
-from mrcnf.image.learned_noise import Dequantiser
-from mrcnf.image.noise import GAUSSIAN_STD
+from mrcnf.image.learned_noise import LearnedNoise
 from mrcnf.model.settings import FieldConfig, ModelConfig
+from mrcnf.model.standardisation import Standardisation
 
-LOGIT_ALPHA = 0.05
+# Buffers and modules by the names that they had in files of earlier versions.
+_RENAMED = {
+    "mean": "units.mean",
+    "axes": "units.axes",
+    "std": "units.std",
+    "coarse_mean": "coarse_units.mean",
+    "coarse_std": "coarse_units.std",
+    "dequantiser": "learned_noise",
+}
+
+
 class Level(nn.Module):
     """One level: its coefficients, standardised, and the flow that models them.
 
-    The base level's coefficients are its pixels in [0, 1], (N, C, R, R); another level's are
-    the details (N, 3C, R/2, R/2), given the coarse image (N, C, R/2, R/2).
+    The base level's coefficients are its pixels in [0, 1], (N, C, H, W); another level's are
+    the details (N, 3C, H/2, W/2) of its images, given the coarse image (N, C, H/2, W/2).
 
     Args:
         model: what the levels agree on.
         resolution: the side of the images that this level produces.
     """
 
-    mean: Tensor
-    axes: Tensor
-    std: Tensor
-    coarse_mean: Tensor
-    coarse_std: Tensor
     noise: Tensor
+    """(C, 1, 1): standard deviation of Gaussian dequantisation noise in y; else 0."""
 
     def __init__(
         self,
@@ -65,94 +72,85 @@ class Level(nn.Module):
             trace or Trace(),
         )
         self.is_base = resolution == model.resolutions[0]
-        channels = model.channels * (1 if self.is_base else 3)
+        self.halvings = model.resolutions[::-1].index(resolution)
+        self.pyramid = pyramids.build(model.pyramid, model.nbits)
+        self.channels = model.channels * (1 if self.is_base else 3)
         coarse_channels = 0 if self.is_base else model.channels
-        side = resolution if self.is_base else resolution // 2
-        self.shape = (channels, side, side)
+        side = resolution // (1 if self.is_base else 2)
         if side % 2 ** (self.field.scales - 1):
             raise UserError(
                 f"level {resolution} works on {side}×{side} positions, which cannot be halved "
                 f"{self.field.scales - 1} times; lower field.scales"
             )
-        if self._integers() and self._through_logit:
+        if self._seen_integers and self._through_logit:
             raise UserError(
                 f"level {resolution}: a logit bends the lattice of integers; set "
                 "model.base = affine or field.lattice = false there"
             )
-        self.flow = ContinuousFlow(
-            [
-                velocity.build(
-                    self.field.kind,
-                    channels,
-                    coarse_channels,
-                    self.field.width,
-                    self.field.depth,
-                    self.field.scales,
-                    self.field.attention,
-                    self.field.path,
-                    self._integers(),
-                )
-                for _ in range(self.field.blocks)
-            ],
+        self.flow: Flow = ContinuousFlow(
+            [self._build_field(coarse_channels) for _ in range(self.field.blocks)],
             name=f"level {resolution}",
         )
-        exact = model.pyramid == "exact"
-        self.dequantiser = None
-        if model.dequantisation == "variational" and not (exact and resolution < model.finest):
-            pairs = model.channels if exact and not self.is_base else 0
-            self.dequantiser = Dequantiser(channels, coarse_channels, pairs)
-        self.register_buffer("mean", torch.zeros(channels, 1, 1))
-        self.register_buffer("axes", torch.eye(channels))
-        self.register_buffer("std", torch.ones(channels, 1, 1))
-        self.register_buffer("coarse_mean", torch.zeros(model.channels, 1, 1))
-        self.register_buffer("coarse_std", torch.ones(model.channels, 1, 1))
-        self.register_buffer("noise", torch.zeros(channels, 1, 1))
+        self.learned_noise = None
+        if model.dequantisation == "variational" and self.pyramid.learns_noise(self.halvings):
+            pairs = 0 if self.is_base or self.pyramid.own_noise else model.channels
+            self.learned_noise = LearnedNoise(self.channels, coarse_channels, pairs)
+        self.units = Standardisation(self.channels, logit=self._through_logit)
+        self.coarse_units = None if self.is_base else Standardisation(model.channels, turned=False)
+        self.register_buffer("noise", torch.zeros(self.channels, 1, 1))
+        self.register_load_state_dict_pre_hook(_rename)
+
+    def _build_field(self, coarse_channels: int) -> fields.Field:
+        field = self.field
+        return fields.build(
+            field.kind,
+            self.channels,
+            coarse_channels,
+            width=field.width,
+            depth=field.depth,
+            scales=field.scales,
+            attention=field.attention,
+            path=field.path,
+            lattice=self._seen_integers,
+        )
 
     @property
-    def dims(self) -> int:
-        return math.prod(self.shape)
+    def multiple(self) -> int:
+        """What height and width of the finest images must be multiples of, for this level."""
+        return 2 ** (self.halvings + (not self.is_base) + self.field.scales - 1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.noise.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.noise.dtype
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """The shape of one image's coefficients, if the finest image has this height and width."""
+        factor = 2 ** (self.halvings + (not self.is_base))
+        return self.channels, height // factor, width // factor
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """This level's coefficients and coarse image from images x at any finer resolution.
+        """This level's coefficients and coarse image from images at the finest resolution.
 
-        x: (N, C, H, W) in density units, H = W = R·2^k (or crops of such, down to 2^k·2).
+        Args:
+            x: (N, C, H, W) in density units, whole images or crops, H and W multiples of
+                `multiple`.
         """
-        times = int(math.log2(self.model.finest // self.resolution))
-        kind, nbits = self.model.pyramid, self.model.nbits
-        x = pyramids.reduce(kind, x, nbits, times)
-        if self.is_base:
-            return x, None
-        return pyramids.split(kind, x, nbits)
-
-    def merge(self, detail: Tensor, coarse: Tensor) -> Tensor:
-        """This level's images from its coefficients and coarse images."""
-        return pyramids.merge(self.model.pyramid, detail, coarse, self.model.nbits)
+        x = self.pyramid.coarsen(x, self.halvings)
+        return (x, None) if self.is_base else self.pyramid.down(x)
 
     def standardise(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Coefficients to flow units y, and log|det| (N,) of that map, in nats.
-
-        y = axes·(values - mean) / std, channel by channel, with orthogonal axes.
-        """
-        log_det = values.new_zeros(len(values))
-        if self._through_logit:
-            values, log_det = _logit(values)
-        per_channel = math.prod(values.shape[2:])
-        y = mix(self.axes, values - self.mean) / self.std
-        return y, log_det - per_channel * self.std.log().sum()
-
-    def unstandardise(self, y: Tensor) -> Tensor:
-        """The inverse of `standardise`: flow units to coefficients."""
-        values = mix(self.axes.T, y * self.std) + self.mean
-        if self._through_logit:
-            return (values.sigmoid() - LOGIT_ALPHA) / (1 - 2 * LOGIT_ALPHA)
-        return values
+        """Coefficients to flow units y, and log|det| (N,) of that map, in nats."""
+        return self.units(values)
 
     def condition(self, coarse: Tensor | None) -> Tensor | None:
         """The coarse image as the velocity network sees it."""
-        if coarse is None:
+        if coarse is None or self.coarse_units is None:
             return None
-        known = pyramids.condition(self.model.pyramid, coarse, self.model.nbits)
-        return (known - self.coarse_mean) / self.coarse_std
+        return self.coarse_units(self.pyramid.known(coarse))[0]
 
     def prepare(
         self, x: Tensor, clean: Tensor | None = None
@@ -166,19 +164,19 @@ class Level(nn.Module):
         if clean is not None:
             values, _ = self.coefficients(clean)
         condition = self.condition(coarse)
-        if self.dequantiser is None:
+        if self.learned_noise is None:
             y, log_det = self.standardise(values)
             return y, condition, log_det
-        # The noise is the pixels' at the finest level of an exact pyramid, else the coefficients'.
-        of_pixels, scale = self.model.pyramid == "exact", 2**self.model.nbits
-        cells = (x if of_pixels else values) * scale
+        # The noise is the coefficients' own, or that of the finest pixels.
+        own, scale = self.pyramid.own_noise, 2**self.model.nbits
+        cells = (values if own else x) * scale
         integers = cells.floor()
 
         def flow_units(cells: Tensor) -> tuple[Tensor, Tensor]:
             found = cells / scale
-            return self.standardise(self.coefficients(found)[0] if of_pixels else found)
+            return self.standardise(found if own else self.coefficients(found)[0])
 
-        noise, log_rise = self.dequantiser(
+        noise, log_rise = self.learned_noise(
             cells - integers, flow_units(integers + 0.5)[0], condition
         )
         y, log_det = flow_units(integers + noise)
@@ -186,34 +184,16 @@ class Level(nn.Module):
 
     @torch.no_grad()
     def fit_standardisation(self, x: Tensor) -> None:
-        """Set the units from dequantised training images x, and tell the fields."""
+        """Set the units from dequantised training images x, and tell the flow."""
         values, coarse = self.coefficients(x)
-        if self._through_logit:
-            values, _ = _logit(values)
-        if self.model.whiten:
-            channels = len(self.axes)
-            covariance = torch.cov(values.movedim(1, 0).flatten(1).double())
-            axes = torch.linalg.eigh(covariance.reshape(channels, channels)).eigenvectors.T
-            # Of the two directions of an axis, the one that makes its largest entry positive.
-            largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
-            self.axes.copy_(axes * largest.sign())
-        self._set_moments(self.mean, self.std, mix(self.axes, values))
-        self.mean.copy_(mix(self.axes.T, self.mean[None])[0])
-        if coarse is not None:
-            known = pyramids.condition(self.model.pyramid, coarse, self.model.nbits)
-            self._set_moments(self.coarse_mean, self.coarse_std, known)
+        self.units.fit(values, whiten=self.model.whiten)
+        if self.coarse_units is not None and coarse is not None:
+            self.coarse_units.fit(self.pyramid.known(coarse))
         if self.noisy:
             # A channel of nothing but noise has no path to follow; this leaves it one.
-            self.noise.copy_((self._noise_std() / self.std).clamp(max=0.9))
-        cells = self._cells()
-        for i, field in enumerate(self.flow.fields):
-            noise = self.noise if i == 0 else torch.zeros_like(self.noise)
-            field.calibrate(noise, cells)  # type: ignore[operator]
-
-    @staticmethod
-    def _set_moments(mean: Tensor, std: Tensor, values: Tensor) -> None:
-        mean.copy_(values.mean((0, 2, 3))[:, None, None])
-        std.copy_(values.std((0, 2, 3)).clamp_min(1e-4)[:, None, None])
+            std = self.pyramid.noise_std(self.halvings, self.is_base)
+            self.noise.copy_((std / self.units.std).clamp(max=0.9))
+        self.flow.calibrate(self.noise, self._cells())
 
     @property
     def noisy(self) -> bool:
@@ -227,37 +207,22 @@ class Level(nn.Module):
     def _through_logit(self) -> bool:
         return self.is_base and self.model.base == "logit"
 
-    def _integers(self) -> int:
-        """How many integers (see `_cells`) at each position the field is to see."""
-        exact = self.model.pyramid == "exact"
-        if not self.field.lattice or (exact and self.resolution < self.model.finest):
-            return 0
-        return self.model.channels * (1 if self.is_base else 4 if exact else 3)
+    @property
+    def _seen_integers(self) -> int:
+        """How many integers at each position (see `_cells`) the field is to see."""
+        each = self.pyramid.integers(self.halvings, self.is_base) if self.field.lattice else 0
+        return each * self.model.channels
 
     def _cells(self) -> Tensor:
-        """The integers at one position from its y, coarse image and 1: see `Field.calibrate`.
-
-        Those are pixels; in the integer pyramid the details are integers themselves.
-        """
-        size = len(self.mean) + (0 if self.is_base else len(self.coarse_mean))
-        probes = torch.cat((torch.eye(size), torch.zeros(1, size))).to(self.mean)[..., None, None]
-        values = self.unstandardise(probes[:, : len(self.mean)])
-        if self.model.pyramid == "exact" and not self.is_base:
-            coarse = probes[:, len(self.mean) :] * self.coarse_std + self.coarse_mean
-            values = haar.merge(values, coarse)
-        cells = values.flatten(1) * 2**self.model.nbits - 0.5
+        """The integers at one position from its y, coarse image and 1: see `Field.calibrate`."""
+        coarse_channels = 0 if self.coarse_units is None else len(self.coarse_units.mean)
+        size = self.channels + coarse_channels
+        probes = torch.cat((torch.eye(size), torch.zeros(1, size))).to(self.noise)[..., None, None]
+        values, coarse = self.units.invert(probes[:, : self.channels]), None
+        if self.coarse_units is not None:
+            coarse = self.coarse_units.invert(probes[:, self.channels :])
+        cells = self.pyramid.cells(values, coarse).flatten(1) * 2**self.model.nbits - 0.5
         return torch.cat((cells[:-1] - cells[-1], cells[-1:])).T
-
-    def _noise_std(self) -> float:
-        """Std of this level's share of Gaussian dequantisation noise, in density units.
-
-        Each exact 2×2 mean halves the std of white noise; a detail is a sum of four, over c.
-        """
-        pixel = GAUSSIAN_STD / 2**self.model.nbits
-        if self.model.pyramid == "integer":
-            return pixel
-        at_level = pixel * self.resolution / self.model.finest
-        return at_level if self.is_base else at_level * 2 / haar.SCALE
 
     def log_prob(
         self,
@@ -269,7 +234,7 @@ class Level(nn.Module):
         regularise: bool = False,
         generator: torch.Generator | None = None,
     ) -> FlowResult:
-        """Log-density of this level's coefficients of images x, as `ContinuousFlow.log_prob`."""
+        """Log-density of this level's coefficients of images x, as `Flow.log_prob`."""
         y, condition, log_det = self.prepare(x)
         result = self.flow.log_prob(
             y,
@@ -283,34 +248,54 @@ class Level(nn.Module):
         result.log_prob = result.log_prob + log_det
         return result
 
-    def bound(self, log_density: Tensor, log_q: Tensor) -> Tensor:
-        """From this level's log-density to its share of the bound on log P: (N,) nats.
+    def bound(self, result: FlowResult, x: Tensor, log_q: Tensor) -> Tensor:
+        """This level's share of the bound on log P, (N,) nats, from its `log_prob` of images x.
 
         The noise's log_q and the volume of the pixel cells are shared out by dimension, so the
-        levels' bounds add up to `log_prob_of_integers` of the whole.
+        levels' bounds add up to `bits.log_prob_of_integers` of the whole.
         """
-        share = self.dims / self.model.dims
+        share = result.dims / x[0].numel()
         return log_prob_of_integers(
-            log_density, share * log_q, self.dims, self.model.nbits
+            result.log_prob, share * log_q, result.dims, self.model.nbits
         )
 
     def generate(
         self, latent: Tensor, coarse: Tensor | None, solver: Solver | None = None
     ) -> Tensor:
-        """Images (N, C, R, R) in density units from noise (N, *shape) and the coarse image."""
+        """Images in density units from noise (`latent_shape`) and the coarse image."""
         y = self.flow.transport(
-            latent,
-            self.condition(coarse),
-            backwards=True,
-            solver=solver or self.solver,
+            latent, self.condition(coarse), backwards=True, solver=solver or self.solver
         )
-        values = self.unstandardise(y)
-        return values if coarse is None else self.merge(values, coarse)
+        values = self.units.invert(y)
+        return values if coarse is None else self.pyramid.up(values, coarse)
 
     def encode(self, x: Tensor, solver: Solver | None = None) -> Tensor:
         """The latent of this level's coefficients of images x."""
         y, condition, _ = self.prepare(x)
         return self.flow.transport(y, condition, solver=solver or self.solver)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the networks with torch.compile, for every objective and for evaluation."""
+        self.flow.compile(**options)
+        if self.learned_noise is not None:
+            runtime.compile_methods(self.learned_noise, "forward", **options)
+
+
+def check_size(levels: Iterable[Level], size: Sequence[int], remedy: str = "") -> None:
+    """A UserError unless the levels can make images of this height and width."""
+    (height, width), levels = size, list(levels)
+    unit, finest = max(level.multiple for level in levels), levels[0].model.finest
+    if height < 1 or width < 1 or height % unit or width % unit:
+        raise UserError(
+            f"images of {height}×{width}: this model's have sides that are multiples of "
+            f"{unit}{remedy}"
+        )
+    tied = [level.resolution for level in levels if level.flow.tied_to_size]
+    if tied and (height, width) != (finest, finest):
+        raise UserError(
+            f"images of {height}×{width}: the field of level {tied[0]} attends to all positions "
+            f"and was trained for {finest}×{finest}; cut the images into tiles of that size"
+        )
 
 
 @dataclass
@@ -335,20 +320,23 @@ def likelihoods(
 
     A solver may be given for all levels or by level; without one each level has its own.
     """
+    levels = list(levels)
+    check_size(levels, x.shape[2:])
     result = {}
     for level in levels:
         own = solver.get(level.resolution) if isinstance(solver, Mapping) else solver
         flow = level.log_prob(x, solver=own, trace=trace, generator=generator)
-        bound = level.bound(flow.log_prob, log_q)
+        bound = level.bound(flow, x, log_q)
         result[level.resolution] = LevelLikelihood(bound, flow.statistics)
     return result
 
 
-def _logit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """logit(α + (1-2α)x) and its log-determinant (N,) (Dinh et al. 2017, §4.1)."""
-    squeezed = LOGIT_ALPHA + (1 - 2 * LOGIT_ALPHA) * x
-    y = squeezed.logit()
-    slope = math.log(1 - 2 * LOGIT_ALPHA) - squeezed.log() - (-squeezed).log1p()
-    return y, slope.flatten(1).sum(1)
-
-
+def _rename(level: Level, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give the entries of a state_dict of earlier versions their present names."""
+    for key in [key for key in state if key.startswith(prefix)]:
+        old, dot, rest = key.removeprefix(prefix).partition(".")
+        if old not in _RENAMED:
+            continue
+        value, new = state.pop(key), _RENAMED[old] + dot + rest
+        if not (level.coarse_units is None and new.startswith("coarse_units")):
+            state[prefix + new] = value

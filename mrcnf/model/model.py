@@ -2,24 +2,27 @@
 
     log p(x) = log p(base) + Σ_levels log p(detail | coarse)
 
-with no determinants from the transform (`haar`).
+with no determinants from the transform (`haar`). Levels know ratios of sizes only, so images may
+have any height and width that are multiples of `MultiResolutionFlow.multiple`; others are padded.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mrcnf.errors import UserError
 from mrcnf.flows.solve import Solver
 from mrcnf.flows.trace import Trace
-from mrcnf.image import pyramids
 from mrcnf.image.bits import bits_per_dim
 from mrcnf.image.noise import check_images, dequantise, quantise
-from mrcnf.model.level import Level, LevelLikelihood, likelihoods
+from mrcnf.model.level import Level, LevelLikelihood, check_size, likelihoods
+
+Temperature = float | Mapping[int, float]
 
 
 class MultiResolutionFlow(nn.Module):
@@ -48,8 +51,21 @@ class MultiResolutionFlow(nn.Module):
         return self.config.resolutions
 
     @property
+    def multiple(self) -> int:
+        """What height and width of images must be multiples of; a power of two."""
+        return max(level.multiple for level in self)
+
+    def multiple_at(self, resolution: int) -> int:
+        """As `multiple`, of images at a level's scale that the levels above it are to upscale."""
+        factor = self.config.finest // self.level(resolution).resolution
+        return max([1, *(part.multiple // factor for part in self._above(resolution))])
+
+    def _above(self, resolution: int) -> list[Level]:
+        return [level for level in self if level.resolution > resolution]
+
+    @property
     def device(self) -> torch.device:
-        return self.level(self.resolutions[0]).mean.device
+        return self.level(self.resolutions[0]).device
 
     def level(self, resolution: int) -> Level:
         """The level that produces images of this resolution."""
@@ -85,6 +101,7 @@ class MultiResolutionFlow(nn.Module):
         generator: torch.Generator | None = None,
         draws: int = 1,
         importance: bool = False,
+        pad: bool = False,
         solver: Solver | None = None,
         trace: Trace | None = None,
     ) -> Tensor:
@@ -95,9 +112,19 @@ class MultiResolutionFlow(nn.Module):
             importance: combine the draws as the importance-weighted bound
                 log (1/K) Σ_k p(x_k)/q(u_k) (Burda et al. 2016) instead of their mean. With
                 estimated traces the exponential makes it optimistic: use the exact trace.
+            pad: let H and W be no multiples of `multiple`, and repeat the last row and column
+                up to the next ones. The padded image's bound is one on log P of the image, which
+                is the sum over everything that might be there; its padding costs bits.
+
+        Raises:
+            UserError: images of another type or number of channels, or of a size that the
+                levels cannot take.
         """
         if draws < 1:
             raise UserError(f"draws must be at least 1, got {draws}")
+        check_images(images, self.config.channels)
+        if pad:
+            images = _padded(images, self.multiple)
         bounds = []
         for _ in range(draws):
             parts = self.log_probs_by_level(
@@ -116,42 +143,49 @@ class MultiResolutionFlow(nn.Module):
         generator: torch.Generator | None = None,
         draws: int = 1,
         importance: bool = False,
+        pad: bool = False,
         solver: Solver | None = None,
         trace: Trace | None = None,
     ) -> Tensor:
-        """`log_prob` in bits per dimension, (N,); lower is better."""
+        """`log_prob` in bits per dimension of the images as they are given, (N,): upper bounds."""
         log_prob = self.log_prob(
             images,
             generator=generator,
             draws=draws,
             importance=importance,
+            pad=pad,
             solver=solver,
             trace=trace,
         )
-        return bits_per_dim(log_prob, self.config.dims)
+        return bits_per_dim(log_prob, images[0].numel())
 
     @torch.no_grad()
     def sample(
         self,
         n: int,
         *,
-        temperature: float | Mapping[int, float] = 1.0,
+        size: tuple[int, int] | None = None,
+        temperature: Temperature = 1.0,
         generator: torch.Generator | None = None,
         solver: Solver | None = None,
     ) -> Tensor:
-        """n images at the finest resolution: uint8 (n, C, H, W).
+        """n images: uint8 (n, C, H, W).
 
         Args:
+            size: H and W, multiples of `multiple`; by default the finest resolution.
             temperature: standard deviation of the latent noise, for all levels or by level.
         """
-        return self._quantise(self._grow(n, None, temperature, generator, solver)[-1])
+        size = size or (self.config.finest, self.config.finest)
+        check_size(self, size)
+        return self._quantise(self._grow(self, n, size, None, temperature, generator, solver)[-1])
 
     @torch.no_grad()
     def upscale(
         self,
         images: Tensor,
+        level: int | None = None,
         *,
-        temperature: float | Mapping[int, float] = 1.0,
+        temperature: Temperature = 1.0,
         generator: torch.Generator | None = None,
         solver: Solver | None = None,
     ) -> Tensor:
@@ -160,26 +194,36 @@ class MultiResolutionFlow(nn.Module):
         In an integer pyramid it is the coarse image that the S-transform gives (`haar.lift`),
         exactly, which is up to one grey level a split below the average.
 
-        Details that leave the range of pixels are shrunk, patch by patch, until they fit.
+        Details that leave the range of pixels are shrunk, patch by patch, until they fit. Where a
+        network halves its input, images whose sides it cannot halve are padded by repeating the
+        last row and column, and the result is cropped.
 
         Args:
-            images: uint8 (N, C, r, r) at any level's resolution r.
+            images: uint8 (N, C, h, w), of any height and width.
+            level: at whose scale they are; by default the level of which they have the size.
 
         Returns:
-            uint8 (N, C, H, W) at the finest resolution.
+            uint8 (N, C, f·h, f·w) with f the finest resolution over the level's.
         """
         check_images(images, self.config.channels)
         h, w = images.shape[2:]
-        if h != w or h not in self.resolutions:
+        if level is None and (h != w or h not in self.resolutions):
             raise UserError(
-                f"cannot upscale {h}×{w} images: the model's levels are {list(self.resolutions)}"
+                f"{h}×{w} images have the size of none of the levels {list(self.resolutions)}: "
+                f"say at which level's scale they are, e.g. level={self.resolutions[0]}"
             )
-        if h == self.config.finest:
+        start = self.level(level or h)
+        factor = self.config.finest // start.resolution
+        above = self._above(start.resolution)
+        if not above:
             return images.clone()
+        padded = _padded(images, self.multiple_at(start.resolution))
         cells = 2**self.config.nbits
-        x = ((images >> (8 - self.config.nbits)).to(self.level(h).mean) + 0.5) / cells
-        grown = self._grow(len(images), x, temperature, generator, solver, contain=True)
-        return self._quantise(grown[-1])
+        x = ((padded.to(self.device) >> (8 - self.config.nbits)).to(start.dtype) + 0.5) / cells
+        size = (factor * x.shape[2], factor * x.shape[3])
+        check_size(above, size)
+        grown = self._grow(above, len(x), size, x, temperature, generator, solver)[-1]
+        return self._quantise(grown)[..., : factor * h, : factor * w]
 
     @torch.no_grad()
     def encode(
@@ -227,46 +271,51 @@ class MultiResolutionFlow(nn.Module):
         self, images: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
         check_images(images, self.config.channels)
-        side = self.config.finest
-        if tuple(images.shape[2:]) != (side, side):
-            raise UserError(
-                f"images are {images.shape[2]}×{images.shape[3]} but the model's finest level is "
-                f"{side}×{side}; resize them or choose another model"
-            )
+        check_size(self, images.shape[2:], "; crop them, or pad them (pad=True) for a likelihood")
         return dequantise(
             images.to(self.device),
             nbits=self.config.nbits,
             kind=self.config.pixel_noise,
             generator=generator,
-            dtype=self.level(side).mean.dtype,
+            dtype=self.level(self.config.finest).dtype,
         )
 
     def _grow(
         self,
+        levels: Iterable[Level],
         n: int,
+        size: tuple[int, int],
         x: Tensor | None,
-        temperature: float | Mapping[int, float],
+        temperature: Temperature,
         generator: torch.Generator | None,
         solver: Solver | None,
-        contain: bool = False,
     ) -> list[Tensor]:
-        """Images of every level above x (all levels without x), coarsest first."""
-        images = []
-        for level in self:
-            if x is not None and level.resolution <= x.shape[-1]:
-                continue
-            scale = temperature if isinstance(temperature, (int, float)) else temperature.get(
-                level.resolution, 1.0
-            )
-            latent = scale * torch.randn(
-                n, *level.shape, generator=generator, device=self.device, dtype=level.mean.dtype
-            )
-            finer = level.generate(latent, x, solver)
-            if contain and x is not None:
-                finer = pyramids.contain(self.config.pyramid, finer, x, self.config.nbits)
-            x = finer
+        """n images of each of the levels, in density units, the finest ones of a size.
+
+        They grow on the coarse images x, whose details are contained, or from nothing.
+        """
+        contain, images = x is not None, []
+        for level in levels:
+            scale = temperature
+            if isinstance(scale, Mapping):
+                scale = scale.get(level.resolution, 1.0)
+            if not 0 <= scale < math.inf:
+                raise UserError(f"temperature must be 0 or more, and finite; got {scale}")
+            shape = (n, *level.latent_shape(*size))
+            noise = torch.randn(shape, generator=generator, device=self.device, dtype=level.dtype)
+            finer = level.generate(scale * noise, x, solver)
+            x = level.pyramid.contain(finer, x) if contain and x is not None else finer
             images.append(x)
         return images
 
     def _quantise(self, x: Tensor) -> Tensor:
         return quantise(x, nbits=self.config.nbits)
+
+
+def _padded(images: Tensor, unit: int) -> Tensor:
+    """Images whose last row and column are repeated until both sides are multiples of a unit."""
+    h, w = images.shape[2:]
+    missing = (0, -w % unit, 0, -h % unit)
+    if not any(missing):
+        return images
+    return F.pad(images.float(), missing, mode="replicate").to(images.dtype)

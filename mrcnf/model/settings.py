@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from mrcnf.errors import UserError
-from mrcnf.flows import paths, velocity
+from mrcnf.flows import fields, paths
 from mrcnf.image import noise, pyramids
 
 BASES = ("affine", "logit")
-DEQUANTISATIONS = (*noise.KINDS, "variational")
+DEQUANTISATIONS = (*noise.NOISES, "variational")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What all levels of a model agree on."""
+    """What a model is told; its levels may differ in `whiten` alone."""
 
     resolutions: tuple[int, ...] = (8, 16, 32)
     """Side of each level's images in pixels, coarsest (the base) first, each twice the last."""
@@ -43,9 +43,9 @@ class ModelConfig:
             )
         if not 1 <= self.nbits <= 8:
             raise UserError(f"model.nbits must be from 1 to 8, got {self.nbits}")
-        if self.pyramid not in pyramids.KINDS:
+        if self.pyramid not in pyramids.PYRAMIDS:
             raise UserError(
-                f"model.pyramid {self.pyramid!r}: choose one of {', '.join(pyramids.KINDS)}"
+                f"model.pyramid {self.pyramid!r}: choose one of {', '.join(pyramids.PYRAMIDS)}"
             )
         if self.dequantisation not in DEQUANTISATIONS:
             raise UserError(
@@ -57,16 +57,12 @@ class ModelConfig:
 
     @property
     def pixel_noise(self) -> str:
-        """The kind of `pixels.dequantise`: levels bend uniform noise to variational."""
+        """The kind of `noise.dequantise`: levels bend uniform noise to variational."""
         return "gaussian" if self.dequantisation == "gaussian" else "uniform"
 
     @property
     def finest(self) -> int:
         return self.resolutions[-1]
-
-    @property
-    def dims(self) -> int:
-        return self.channels * self.finest**2
 
 
 @dataclass(frozen=True)
@@ -93,8 +89,8 @@ class FieldConfig:
     or at every level of an integer pyramid. Means of pixels blur their lattice too much."""
 
     def __post_init__(self) -> None:
-        if self.kind not in velocity.FIELDS:
-            raise UserError(f"field.kind {self.kind!r}: choose one of {', '.join(velocity.FIELDS)}")
+        if self.kind not in fields.FIELDS:
+            raise UserError(f"field.kind {self.kind!r}: choose one of {', '.join(fields.FIELDS)}")
         if min(self.width, self.depth, self.scales, self.blocks) < 1:
             raise UserError(
                 "field.width, field.depth, field.scales and field.blocks must be at least 1"

@@ -8,10 +8,11 @@ import torch
 from mrcnf.flows.solve import Solver
 from mrcnf.image import haar
 from mrcnf.image.bits import log_prob_of_integers
-from mrcnf.image.learned_noise import Dequantiser
+from mrcnf.image.learned_noise import LearnedNoise
 from mrcnf.model.level import Level
 from mrcnf.model.settings import FieldConfig, ModelConfig
-from mrcnf.training.objectives import SHORTEST_TIME, flow_matching
+from mrcnf.training.objectives import flow_matching
+from mrcnf.training.times import SHORTEST_TIME
 
 EITHER = pytest.mark.parametrize("pairs", [0, 1], ids=["alone", "in pairs"])
 
@@ -31,7 +32,7 @@ def disturb(dequantiser, size):
 
 
 def shaped(pairs, size=0.05):
-    return disturb(Dequantiser(3, 1, pairs).double(), size)
+    return disturb(LearnedNoise(3, 1, pairs).double(), size)
 
 
 def cells(pairs, n=2):
@@ -45,7 +46,7 @@ def cells(pairs, n=2):
 @EITHER
 def test_noise_is_uniform_until_it_is_trained(pairs):
     u, y, coarse = cells(pairs)
-    bent, log_rise = Dequantiser(3, 1, pairs).double()(u, y, coarse)
+    bent, log_rise = LearnedNoise(3, 1, pairs).double()(u, y, coarse)
     torch.testing.assert_close(bent, u)
     torch.testing.assert_close(log_rise, torch.zeros(2, dtype=torch.float64))
 
@@ -74,7 +75,7 @@ def test_the_edges_of_the_cell_stay_finite(pairs, dtype):
 def test_noise_in_pairs_keeps_the_mean_of_every_patch():
     dequantiser, (u, y, coarse) = shaped(1), cells(1)
     bent, _ = dequantiser(u, y, coarse)
-    torch.testing.assert_close(haar.reduce(bent, 1), haar.reduce(u, 1), rtol=0, atol=1e-15)
+    torch.testing.assert_close(haar.means(bent, 1), haar.means(u, 1), rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("pyramid", ["integer", "exact"])
@@ -87,8 +88,8 @@ def test_the_probability_is_the_same_under_any_noise(pyramid):
     config = ModelConfig((1, 2), channels=1, pyramid=pyramid, dequantisation="variational")
     levels = [Level(config, r, FieldConfig(width=4, depth=1)).double() for r in (1, 2)]
     for level in levels:
-        level.std.fill_(2 / 256)
-    levels[0].mean.fill_(120 / 256)
+        level.units.std.fill_(2 / 256)
+    levels[0].units.mean.fill_(120 / 256)
     x = dequantised(torch.tensor([[[[118, 121], [122, 120]]]]).expand(40_000, 1, 2, 2))
 
     def log_p():
@@ -97,8 +98,8 @@ def test_the_probability_is_the_same_under_any_noise(pyramid):
     with torch.no_grad():
         plain = log_p()
         for level in levels:
-            if level.dequantiser is not None:
-                disturb(level.dequantiser, 0.3)
+            if level.learned_noise is not None:
+                disturb(level.learned_noise, 0.3)
         bent = log_p()
     assert bent.mean() < plain.mean() - 0.05  # such noise is the worse for its shape
     ratio = (bent - plain.exp().mean().log()).exp()
@@ -116,8 +117,8 @@ def test_shaped_noise_reaches_what_uniform_noise_cannot(pyramid):
     """
     config = ModelConfig((2,), channels=1, pyramid=pyramid, dequantisation="variational")
     level = Level(config, 2, FieldConfig(width=4, depth=1)).double()
-    level.std.fill_(0.7 / 256)
-    level.mean.fill_(128 / 256)
+    level.units.std.fill_(0.7 / 256)
+    level.units.mean.fill_(128 / 256)
     images = torch.randint(126, 130, (500, 1, 2, 2), generator=torch.Generator().manual_seed(0))
 
     def bound(seed=1):
@@ -129,7 +130,7 @@ def test_shaped_noise_reaches_what_uniform_noise_cannot(pyramid):
     probability = normal.cdf(images + 1.0) - normal.cdf(images.double())
     truth = probability.log().flatten(1).sum(1).mean()
     before = bound().item()
-    optimiser = torch.optim.Adam(level.dequantiser.parameters(), lr=3e-3)
+    optimiser = torch.optim.Adam(level.learned_noise.parameters(), lr=3e-3)
     for step in range(60):
         optimiser.zero_grad()
         (-bound(2 + step)).backward()
@@ -151,15 +152,16 @@ def test_flow_matching_trains_the_noise_on_the_bound(times, resolution):
     sizes = (1, 2)[:resolution]
     config = ModelConfig(sizes, channels=1, dequantisation="variational", whiten=False)
     level = Level(config, resolution, FieldConfig(width=4, depth=1)).double()  # a standard normal's
-    level.std.fill_((0.7 if level.is_base else 0.4) / 256)
-    level.mean.fill_(128 / 256 if level.is_base else 0)
-    shape = level.dequantiser.net[-1].bias
+    level.units.std.fill_((0.7 if level.is_base else 0.4) / 256)
+    level.units.mean.fill_(128 / 256 if level.is_base else 0)
+    shape = level.learned_noise.net[-1].bias
     images = torch.randint(126, 130, (240_000 // resolution**2, 1, resolution, resolution))
     x = dequantised(images)
     loss, _ = flow_matching(level, x, times=times)
     nats = -math.log(SHORTEST_TIME) * loss
     (found,) = torch.autograd.grad(nats, shape)
-    likelihood = level.log_prob(x, solver=Solver(steps=1)).log_prob.mean() / level.dims
+    flow = level.log_prob(x, solver=Solver(steps=1))
+    likelihood = flow.log_prob.mean() / flow.dims
     (expected,) = torch.autograd.grad(-likelihood, shape)
     torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
     assert expected.abs().max() > 0.05

@@ -7,7 +7,7 @@ import torch
 
 from mrcnf.errors import UserError
 from mrcnf.image.bits import bits_per_dim, log_prob_of_integers
-from mrcnf.image.noise import GAUSSIAN_STD, KINDS, check_images, dequantise, quantise
+from mrcnf.image.noise import GAUSSIAN_STD, NOISES, check_images, dequantise, quantise
 
 EVERY_VALUE = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
 STD = GAUSSIAN_STD
@@ -20,7 +20,7 @@ def truncated_gaussian(u):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NOISES)
 @pytest.mark.parametrize("nbits", range(1, 9))
 def test_noise_stays_in_its_cell(nbits, kind, dtype):
     images = EVERY_VALUE.expand(64, -1, -1, -1)
@@ -32,7 +32,7 @@ def test_noise_stays_in_its_cell(nbits, kind, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NOISES)
 @pytest.mark.parametrize("draw", [0.0, 1.0])
 def test_the_most_extreme_noise_stays_in_its_cell(kind, dtype, draw, monkeypatch):
     # 1 itself is never drawn, but adding 255 to the number before it rounds to 256.
@@ -79,7 +79,7 @@ def test_log_q_adds_over_pixels():
     torch.testing.assert_close(log_q, expected, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NOISES)
 def test_the_noise_is_drawn_from_its_density(kind):
     u, _ = noise(kind)
     # Kolmogorov–Smirnov: √n·sup|F_n - F| exceeds 2 with probability 7e-4.

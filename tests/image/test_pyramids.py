@@ -3,17 +3,20 @@
 import pytest
 import torch
 from fields import awake
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mrcnf.errors import UserError
 from mrcnf.flows.solve import Solver
 from mrcnf.flows.trace import Trace
-from mrcnf.image import haar, pyramids
-from mrcnf.image.noise import KINDS, dequantise
+from mrcnf.image import haar
+from mrcnf.image.noise import NOISES, dequantise
+from mrcnf.image.pyramids import PYRAMIDS, Exact, Integer, build
 from mrcnf.model.level import Level
 from mrcnf.model.model import MultiResolutionFlow
 from mrcnf.model.settings import FieldConfig, ModelConfig
 
-EVERY_KIND = pytest.mark.parametrize("kind", pyramids.KINDS)
+EVERY_KIND = pytest.mark.parametrize("kind", PYRAMIDS)
 
 
 def integers(n=5, side=8, nbits=8):
@@ -31,9 +34,9 @@ def dequantised(x, nbits=8, seed=1):
 @pytest.mark.parametrize("nbits", [1, 5, 8])
 def test_merging_undoes_splitting(kind, nbits):
     x = dequantised(integers(nbits=nbits), nbits)
-    detail, coarse = pyramids.split(kind, x, nbits)
+    detail, coarse = build(kind, nbits).down(x)
     assert detail.shape == (5, 9, 4, 4) and coarse.shape == (5, 3, 4, 4)
-    torch.testing.assert_close(pyramids.merge(kind, detail, coarse, nbits), x, rtol=0, atol=1e-12)
+    torch.testing.assert_close(build(kind, nbits).up(detail, coarse), x, rtol=0, atol=1e-12)
 
 
 @EVERY_KIND
@@ -42,7 +45,7 @@ def test_splitting_keeps_volumes(kind):
     x = dequantised(integers(1, side=4))
 
     def flat(v):
-        return torch.cat([part.flatten() for part in pyramids.split(kind, v, 8)])
+        return torch.cat([part.flatten() for part in build(kind).down(v)])
 
     jacobian = torch.autograd.functional.jacobian(flat, x).reshape(48, 48)
     assert jacobian.det().abs() == pytest.approx(1, abs=1e-9)
@@ -53,18 +56,18 @@ def test_single_precision_keeps_every_integer(nbits):
     x = integers(64, nbits=nbits)
     for u in (0.0, 0.5, 1 - torch.finfo(torch.float32).eps * 2**nbits):
         noisy = ((x + u) / 2**nbits).float()
-        detail, coarse = pyramids.split("integer", noisy, nbits)
+        detail, coarse = Integer(nbits).down(noisy)
         details, means = haar.lift(x.to(torch.int32))
         assert torch.equal((detail * 2**nbits).floor(), details.float())
         assert torch.equal((coarse * 2**nbits).floor(), means.float())
-        back = pyramids.merge("integer", detail, coarse, nbits)
+        back = Integer(nbits).up(detail, coarse)
         assert torch.equal((back * 2**nbits).floor(), x.float())
 
 
 def test_integer_levels_are_of_the_lifted_integers_and_keep_the_noise():
     x = integers()
     noisy = dequantised(x)
-    detail, coarse = pyramids.split("integer", noisy, 8)
+    detail, coarse = Integer().down(noisy)
     details, means = haar.lift(x.to(torch.int32))
     assert torch.equal((detail * 256).floor(), details.double())
     assert torch.equal((coarse * 256).floor(), means.double())
@@ -91,9 +94,9 @@ def test_integer_levels_are_given_integers():
 
 def test_reducing_is_splitting_again_and_again():
     x = dequantised(integers())
-    _, coarse = pyramids.split("integer", x, 8)
-    _, coarse = pyramids.split("integer", coarse, 8)
-    assert torch.equal(pyramids.reduce("integer", x, 8, 2), coarse)
+    _, coarse = Integer().down(x)
+    _, coarse = Integer().down(coarse)
+    assert torch.equal(Integer().coarsen(x, 2), coarse)
 
 
 def awake_model(noise="uniform"):
@@ -112,7 +115,7 @@ def awake_model(noise="uniform"):
     return model, images
 
 
-@pytest.mark.parametrize("noise", KINDS)
+@pytest.mark.parametrize("noise", NOISES)
 def test_a_model_of_integers_decodes_what_it_encodes(noise):
     model, images = awake_model(noise)
     generator = torch.Generator().manual_seed(5)
@@ -132,13 +135,11 @@ def test_upscaling_integers_keeps_them():
 
 def test_contained_integers_are_in_range_and_those_that_fit_stay():
     x = integers(20)
-    _, coarse = pyramids.split("integer", dequantised(x), 8)
-    wild = pyramids.merge("integer", *[
-        v + (torch.randint(-40, 41, v.shape) / 256 if i == 0 else 0)
-        for i, v in enumerate(pyramids.split("integer", dequantised(x), 8))
-    ], 8)  # fmt: skip
+    _, coarse = Integer().down(dequantised(x))
+    detail, _ = Integer().down(dequantised(x))
+    wild = Integer().up(detail + torch.randint(-40, 41, detail.shape) / 256, coarse)
     assert wild.min() < 0 and wild.max() > 1
-    found = pyramids.contain("integer", wild, coarse, 8)
+    found = Integer().contain(wild, coarse)
     assert found.min() >= 0 and found.max() < 1
     _, means = haar.lift((found * 256).floor().to(torch.int32))
     assert torch.equal(means.double(), (coarse * 256).floor())
@@ -151,3 +152,23 @@ def test_contained_integers_are_in_range_and_those_that_fit_stay():
 def test_unknown_pyramids_are_refused():
     with pytest.raises(UserError, match=r"'lifting'.*exact, integer"):
         ModelConfig(pyramid="lifting")
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([0.1, 1.0, 30.0]))
+def test_contained_patches_keep_their_means_and_what_fits(seed, size):
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(2, 3, 4, 4, generator=generator, dtype=torch.float64)
+    coarse[0, 0, 0, :2] = torch.tensor([0.0, 1.0])
+    detail = size * torch.randn(2, 9, 4, 4, generator=generator, dtype=torch.float64)
+    detail[1, :, 0, 0] = 0
+    x = haar.merge(detail, coarse)
+    held = Exact().contain(x, coarse)
+    assert held.min() >= -1e-12 and held.max() <= 1 + 1e-12
+    torch.testing.assert_close(haar.split(held)[1], coarse, rtol=0, atol=1e-12)
+    # A patch that fits is left alone; one that does not touches an end.
+    patches, before = (v.unfold(2, 2, 2).unfold(3, 2, 2).flatten(-2) for v in (held, x))
+    fits = ((before >= 0) & (before <= 1)).all(-1)
+    torch.testing.assert_close(patches[fits], before[fits], rtol=0, atol=1e-12)
+    touching = ((patches < 1e-9) | (patches > 1 - 1e-9)).any(-1)
+    assert touching[~fits].all()

@@ -12,7 +12,7 @@ from mrcnf.flows.solve import Solver
 from mrcnf.flows.tangents import mix
 from mrcnf.flows.trace import Trace
 from mrcnf.image import haar
-from mrcnf.image.noise import KINDS, dequantise, quantise
+from mrcnf.image.noise import NOISES, dequantise, quantise
 from mrcnf.model.level import Level
 from mrcnf.model.model import MultiResolutionFlow
 from mrcnf.model.settings import FieldConfig, ModelConfig
@@ -57,7 +57,7 @@ EVERY_SHAPE = pytest.mark.parametrize("resolutions, channels", SHAPES)
 
 
 @EVERY_SHAPE
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NOISES)
 def test_everything_a_model_returns(resolutions, channels, kind):
     quick = Solver("midpoint", steps=3)
     model = build(resolutions, channels, solver=quick, dequantisation=kind)
@@ -73,9 +73,9 @@ def test_everything_a_model_returns(resolutions, channels, kind):
         assert big.shape == (2, channels, side, side) and big.dtype == torch.uint8
     latents = model.encode(x, generator=seeded())
     assert {r: tuple(z.shape[1:]) for r, z in latents.items()} == {
-        level.resolution: level.shape for level in model
+        level.resolution: level.latent_shape(side, side) for level in model
     }
-    assert sum(level.dims for level in model) == model.config.dims
+    assert sum(z[0].numel() for z in latents.values()) == x[0].numel()
     frames = model.interpolate(x, x.flip(0), steps=3, generator=seeded())
     assert frames.shape == (3, 3, channels, side, side) and frames.dtype == torch.uint8
 
@@ -91,11 +91,11 @@ def test_levels_add_up(resolutions, channels):
     found = model.log_prob(x, generator=seeded(), **fast)
     torch.testing.assert_close(found, total, rtol=1e-12, atol=1e-12)
     bpd = model.bits_per_dim(x, generator=seeded(), **fast)
-    torch.testing.assert_close(bpd, -total / (model.config.dims * math.log(2)))
+    torch.testing.assert_close(bpd, -total / (x[0].numel() * math.log(2)))
 
 
 @pytest.mark.parametrize("nbits", [3, 8])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NOISES)
 def test_the_bound_is_density_over_noise_and_cells(kind, nbits):
     """log p(x) - log q(u) - D·log 2^b, each counted once however many levels there are."""
     model = build((1, 2, 4), solver=Solver(steps=2), dequantisation=kind, nbits=nbits)
@@ -127,25 +127,25 @@ def test_the_same_seed_gives_the_same_results():
 # -- likelihood -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NOISES)
 @pytest.mark.parametrize("base", ["affine", "logit"])
 @pytest.mark.parametrize("resolution", [2, 4])
 def test_standardisation_reports_its_volume_and_inverts(resolution, base, kind):
     model = build(base=base, dequantisation=kind, channels=3)
     level = model.level(resolution)
     level.fit_standardisation(correlated(50, 4))
-    values = 0.1 + 0.8 * torch.rand(2, *level.shape, dtype=torch.float64)
+    values = 0.1 + 0.8 * torch.rand(2, *level.latent_shape(4, 4), dtype=torch.float64)
     y, log_det = level.standardise(values)
-    torch.testing.assert_close(level.unstandardise(y), values, rtol=0, atol=1e-12)
+    torch.testing.assert_close(level.units.invert(y), values, rtol=0, atol=1e-12)
     for i in range(2):
         jacobian = torch.autograd.functional.jacobian(
             lambda v, level=level: level.standardise(v[None])[0].flatten(), values[i]
         )
-        volume = torch.linalg.slogdet(jacobian.reshape(level.dims, level.dims)).logabsdet
+        volume = torch.linalg.slogdet(jacobian.reshape(values[0].numel(), -1)).logabsdet
         torch.testing.assert_close(log_det[i], volume, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NOISES)
 @pytest.mark.parametrize("base", ["affine", "logit"])
 def test_the_density_of_pixels_is_the_latents_times_the_volume(base, kind):
     """From pixels to all latents at once: one Jacobian, no level's arithmetic."""
@@ -173,8 +173,11 @@ def test_a_standard_normal_model_costs_what_the_normal_says(levels, nbits):
     ).double()
     x = images(3, config)
     u, _ = dequantise(x, nbits=nbits, generator=seeded(), dtype=torch.float64)
-    details, coarse = haar.pyramid(u, len(levels) - 1)
-    squares = sum(part.square().flatten(1).sum(1) for part in (*details, coarse))
+    parts = []
+    for _ in levels[1:]:
+        detail, u = haar.split(u)
+        parts.append(detail)
+    squares = sum(part.square().flatten(1).sum(1) for part in (*parts, u))
     nats = 0.5 * squares + 8 * math.log(2 * math.pi) + 16 * nbits * math.log(2)
     found = model.bits_per_dim(x, generator=seeded())
     torch.testing.assert_close(found, nats / (16 * math.log(2)), rtol=1e-12, atol=0)
@@ -185,7 +188,7 @@ def every_binary_image():
     return bits.reshape(16, 1, 2, 2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NOISES)
 @pytest.mark.parametrize(
     "base, pyramid", [("affine", "exact"), ("logit", "exact"), ("affine", "integer")]
 )
@@ -196,11 +199,11 @@ def test_bounds_are_below_probabilities_and_samples_agree(base, pyramid, kind):
         (1, 2), nbits=1, base=base, pyramid=pyramid, dequantisation=kind, size=0.2, solver=solver
     )
     for level in model:  # crowd the unit cube
-        level.std.mul_(0.7)
+        level.units.std.mul_(0.7)
     everything, draws, samples = every_binary_image(), 200, 8_000
     with torch.no_grad():
         bounds = model.log_prob(everything.repeat_interleave(draws, 0), generator=seeded())
-        sampled = model._grow(samples, None, 1.0, seeded(4), None)[-1]
+        sampled = model._grow(model, samples, (2, 2), None, 1.0, seeded(4), None)[-1]
         # P(X) = ∫ p over X's cell, by uniform points: Gaussian proposals weigh a cell's corners
         # with 1/q, up to e^18, and a finite sum of such weights has no useful error bar.
         u = torch.rand(16 * draws, 1, 2, 2, generator=seeded(5), dtype=torch.float64)
@@ -227,10 +230,10 @@ def test_many_importance_weighted_draws_close_the_bound():
     """Where the model keeps within the unit cube, its 16 probabilities add up to one."""
     model = build((1, 2), nbits=1, size=0.2, solver=Solver("rk4", steps=6))
     for level in model:
-        level.std.mul_(0.5)
+        level.units.std.mul_(0.5)
     many = every_binary_image().repeat_interleave(400, 0)
     with torch.no_grad():
-        sampled = model._grow(4_000, None, 1.0, seeded(4), None)[-1]
+        sampled = model._grow(model, 4_000, (2, 2), None, 1.0, seeded(4), None)[-1]
         bounds = model.log_prob(many, generator=seeded()).reshape(16, 400)
     inside = ((sampled >= 0) & (sampled < 1)).flatten(1).all(1).double().mean()
     assert inside > 0.98
@@ -259,11 +262,11 @@ def test_draws_are_averaged_or_importance_weighted():
 def test_upscaled_images_average_back(resolutions, small):
     model = build(resolutions, channels=3)
     for level in model:
-        level.std.mul_(0.05)  # small details: nothing clips
+        level.units.std.mul_(0.05)  # small details: nothing clips
     x = torch.randint(100, 156, (8, 3, small, small), dtype=torch.uint8)
     big = model.upscale(x, generator=seeded())
     assert big.min() > 0 and big.max() < 255
-    back = haar.reduce(big.double(), int(math.log2(resolutions[-1] // small)))
+    back = haar.means(big.double(), int(math.log2(resolutions[-1] // small)))
     # The means are x + 1/2 exactly, and flooring takes from 0 to 1 off every pixel.
     assert (back - x).abs().max() <= 0.5
     assert big.double().std((2, 3)).min() > 1
@@ -274,7 +277,7 @@ def test_upscaled_images_average_back_where_details_overshoot():
     x = torch.randint(0, 256, (8, 3, 2, 2), dtype=torch.uint8)
     big = model.upscale(x, generator=seeded())
     assert big.min() == 0 and big.max() == 255
-    assert (haar.reduce(big.double(), 2) - x).abs().max() <= 0.5
+    assert (haar.means(big.double(), 2) - x).abs().max() <= 0.5
 
 
 def test_upscaling_the_finest_images_changes_nothing():
@@ -292,8 +295,9 @@ def test_temperature_zero_is_deterministic():
 def test_temperatures_are_by_level():
     model = build((1, 2, 4))
     for level in model:  # keep clear of clipping
-        level.std.mul_(0.2)
-    grown = [model._grow(3, None, {1: 1.0, 2: 0.0, 4: 1.0}, seeded(s), None) for s in (1, 1, 2)]
+        level.units.std.mul_(0.2)
+    cold = {1: 1.0, 2: 0.0, 4: 1.0}
+    grown = [model._grow(model, 3, (4, 4), None, cold, seeded(s), None) for s in (1, 1, 2)]
     base = grown[0][0]
     latent = torch.zeros(3, 3, 1, 1, dtype=torch.float64)
     torch.testing.assert_close(grown[0][1], model.level(2).generate(latent, base))
@@ -302,7 +306,7 @@ def test_temperatures_are_by_level():
 
 @pytest.mark.parametrize("kind", ["paper", "residual"])
 @pytest.mark.parametrize("base", ["affine", "logit"])
-@pytest.mark.parametrize("noise", KINDS)
+@pytest.mark.parametrize("noise", NOISES)
 def test_decode_undoes_encode(noise, base, kind):
     solver = Solver("dopri5", steps=0, rtol=1e-6, atol=1e-6)
     field = FieldConfig(kind=kind, width=4, depth=1)
@@ -343,7 +347,7 @@ def test_fitted_coefficients_are_standardised(resolution, whiten):
     covariance = torch.cov(y.movedim(1, 0).flatten(1))
     unit = torch.eye(len(covariance), dtype=torch.float64)
     assert torch.allclose(covariance, unit, atol=1e-10) == whiten
-    torch.testing.assert_close(level.axes @ level.axes.T, unit, rtol=0, atol=1e-12)
+    torch.testing.assert_close(level.units.axes @ level.units.axes.T, unit, rtol=0, atol=1e-12)
     for part in (level.standardise(values)[0], level.condition(coarse)):
         if part is not None:
             torch.testing.assert_close(part.mean((0, 2, 3)), part.new_zeros(part.shape[1]))
@@ -420,7 +424,7 @@ def test_means_have_no_lattice_to_see():
     assert see_lattice((2, 4, 8), 4)[0] is None
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NOISES)
 def test_saved_models_give_the_same_likelihoods(kind, tmp_path):
     model, other = (build(dequantisation=kind, size=size) for size in (0.1, 0.2))
     torch.save(model.state_dict(), tmp_path / "model.pt")
@@ -435,7 +439,11 @@ def test_saved_models_give_the_same_likelihoods(kind, tmp_path):
 
 @pytest.mark.parametrize(
     "shape, words",
-    [((1, 3, 4, 4), "3 channel.*built for 1"), ((1, 1, 8, 8), "8×8.*4×4"), ((1, 4, 4), "uint8")],
+    [
+        ((1, 3, 4, 4), "3 channel.*built for 1"),
+        ((1, 1, 8, 7), "8×7.*multiples of 2"),
+        ((1, 4, 4), "uint8"),
+    ],
 )
 def test_wrong_images_are_refused(shape, words):
     with pytest.raises(UserError, match=words):
@@ -444,7 +452,7 @@ def test_wrong_images_are_refused(shape, words):
 
 @pytest.mark.parametrize("shape", [(1, 1, 3, 3), (1, 1, 2, 4), (1, 1, 8, 8), (1, 3, 2, 2)])
 def test_wrong_images_are_not_upscaled(shape):
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"size of none of the levels|3 channel"):
         build().upscale(torch.zeros(shape, dtype=torch.uint8))
 
 
