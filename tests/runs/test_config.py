@@ -5,11 +5,11 @@ import math
 from pathlib import Path
 
 import pytest
-from runs import TINY, tiny
+from tiny import TINY, tiny
 
 from mrcnf.errors import UserError
 from mrcnf.runs import config
-from mrcnf.runs.config import Config, TrainConfig
+from mrcnf.runs.config import Config, DataConfig, TrainConfig
 
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.toml"))
 
@@ -27,10 +27,27 @@ def write(folder, text, name="some.toml"):
         Config(train=TrainConfig(clip=math.inf, learning_rate=1e-7)),
         tiny("level.4.train.steps=9", "level.2.solver.method=rk4", "data.name=npz:/a b/c"),
         tiny("model.resolutions=[16,32,64,128]", "data.download=true"),
+        tiny("level.4.train.skip_above=inf", "level.4.data.root=größe", "level.2.trace.probes=2"),
+        Config(name="two\nlines\tand \x00", data=DataConfig(root="''' # = [x]")),
     ],
 )
 def test_what_is_written_is_read_again(settings, tmp_path):
     assert config.load(write(tmp_path, config.to_toml(settings))) == settings
+
+
+def test_numbers_are_written_to_the_last_digit():
+    @dataclasses.dataclass
+    class Odd:
+        numbers: tuple = (math.inf, -math.inf, math.nan, 0.1 + 0.2, 5e-324, 1e300, -0.0)
+        whole: int = 2**62
+
+    read = config.tomllib.loads(config.to_toml(Odd()))
+    assert repr(read) == repr(config.to_table(Odd()))  # nan is not equal to itself
+
+
+def test_no_empty_tables_are_written():
+    assert "[level]" not in config.to_toml(Config())
+    assert "[level.4.train]\nsteps = 9\n" in config.to_toml(tiny("level.4.train.steps=9"))
 
 
 def test_every_setting_is_spelled_out(tmp_path):

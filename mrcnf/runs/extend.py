@@ -1,0 +1,50 @@
+"""Configurations derived from a run's: its finest level's, and that of the next finer one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from mrcnf.errors import UserError
+from mrcnf.runs import config
+from mrcnf.runs.agreement import Origin, check_finest
+from mrcnf.runs.checkpoint import CONFIG, describe, find_levels, level_folder, load
+from mrcnf.runs.config import Config
+
+
+def finest_config(run: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """The resolved configuration of a run's finest level, with overrides."""
+    finest = max(find_levels(run))
+    return config.load(level_folder(Path(run), finest) / CONFIG, overrides)
+
+
+def extended_config(
+    run: Path, out: Path, resolution: int, overrides: Sequence[str] = (), resume: bool = False
+) -> Config:
+    """The configuration for the next finest level of a run: the finest level's, one level up.
+
+    With `resume`, that of the level as it was begun in `out`, if it was.
+
+    Raises:
+        UserError: the level is there already, is not the next one, or the run's levels are of no
+            use below it.
+    """
+    begun = level_folder(out, resolution) / CONFIG
+    if begun.exists() and resume:
+        return config.load(begun, overrides)
+    if resolution in find_levels(run):
+        raise UserError(f"{run} has a level {resolution} already; add --resume to go on with it")
+    model = load(run).config
+    if resolution != 2 * model.finest:
+        raise UserError(
+            f"the finest level of {run} is {model.finest}: extend it to {2 * model.finest}, "
+            f"not {resolution}"
+        )
+    for metadata in describe(run).values():
+        check_finest(Origin.of(Path(run), metadata), resolution)
+    levels = json.dumps([*model.resolutions, resolution])
+    # The finest level's starting weights are none for the new level, and other images may have no
+    # test split for a curve.
+    own = [f"model.resolutions={levels}", "train.init=", "train.evaluate_every=0"]
+    return finest_config(run, [*own, *overrides])

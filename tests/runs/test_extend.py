@@ -1,0 +1,47 @@
+"""The next level's configuration is the finest one's, where the levels below allow it."""
+
+import shutil
+
+import pytest
+from tiny import images, trained
+
+from mrcnf.errors import UserError
+from mrcnf.runs import checkpoint
+from mrcnf.runs.extend import extended_config
+from mrcnf.training import trainer as train
+
+TIED = ["model.dequantisation=gaussian", "field.lattice=true"]
+
+
+def test_the_next_level_takes_the_finest_ones_settings(finished):
+    settings = extended_config(finished, finished, 8, ["train.steps=9"])
+    assert settings.model.resolutions == (2, 4, 8)
+    assert (settings.train.steps, settings.train.batch, settings.train.init) == (9, 4, "")
+    with pytest.raises(UserError, match="extend it to 8, not 16"):
+        extended_config(finished, finished, 16)
+
+
+@pytest.mark.parametrize("tie", TIED)
+def test_noise_and_lattice_of_means_are_tied_to_the_finest_level(tmp_path, tie):
+    run = trained(tmp_path / "run", tie, "train.steps=1")
+    with pytest.raises(UserError, match=r"for 4×4 images.*model of 8×8; model\.pyramid = integer"):
+        extended_config(run, run, 8)
+    shutil.rmtree(run / "level-4")
+    with pytest.raises(UserError, match=r"for 4×4 images.*model of 2×2"):
+        checkpoint.load(run)
+    # Integers are integers at every level.
+    run = trained(tmp_path / "integers", tie, "model.pyramid=integer", "train.steps=1")
+    assert extended_config(run, run, 8).model.resolutions == (2, 4, 8)
+
+
+def test_learned_noise_is_the_finest_levels_and_hinders_no_growth(tmp_path):
+    run = trained(tmp_path / "run", "model.dequantisation=variational", "train.steps=1")
+    before = {path: path.read_bytes() for path in run.rglob("*.safetensors")}
+    assert [level.learned_noise is None for level in checkpoint.load(run).levels] == [True, False]
+    taller = extended_config(run, run, 8)
+    train.Trainer(taller, 8, images(side=8), run).run(progress=False)
+    model = checkpoint.load(run)
+    assert [level.learned_noise is None for level in model.levels] == [True, True, False]
+    assert model.config.dequantisation == "variational"
+    assert model.bits_per_dim(images(side=8).pixels[:2]).isfinite().all()
+    assert all(path.read_bytes() == content for path, content in before.items())
