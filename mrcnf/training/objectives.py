@@ -11,16 +11,17 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mrcnf.errors import UserError
+from mrcnf import seeds
 from mrcnf.flows import paths
 from mrcnf.flows.solve import Solver
 from mrcnf.flows.trace import Trace
 from mrcnf.image.bits import bits_per_dim
 from mrcnf.image.noise import dequantise
 from mrcnf.model.level import Level
-from mrcnf.runs.config import LOGIT_MEAN, LOGIT_STD, TIMES, Config
+from mrcnf.runs.config import Config
+from mrcnf.runs.settings import LOGIT_MEAN, LOGIT_STD
+from mrcnf.training.times import SHORTEST_TIME, draw_times
 
-SHORTEST_TIME = 1e-3
 NOISE_SHARE = 8
 """One in so many images of a batch trains learned noise."""
 
@@ -40,7 +41,7 @@ def likelihood(
     """The level's bits per (own) dimension, plus the regularisers of RNODE.
 
     Args:
-        x, log_q: dequantised images (N, C, H, W) and their log q (N,), from `pixels`.
+        x, log_q: dequantised images (N, C, H, W) and their log q (N,), from `dequantise`.
         kinetic, frobenius: weights of ∫ mean f² dt and ∫ ‖∂f/∂y‖²_F / D dt
             (Finlay et al. 2020, eq. 11).
         steer: half-width of the uniform jitter of the end time (Ghosh et al. 2020); one draw
@@ -57,7 +58,7 @@ def likelihood(
     result = level.log_prob(
         x, solver=solver, trace=trace, end=end, regularise=regularise, generator=generator
     )
-    bpd = bits_per_dim(level.bound(result.log_prob, log_q), level.dims).mean()
+    bpd = bits_per_dim(level.bound(result, x, log_q), result.dims).mean()
     parts = {"bpd": bpd.detach()}
     loss = bpd
     if regularise:
@@ -110,7 +111,7 @@ def flow_matching(
     n, noise = len(y), level.noise.log().mean().exp()
     t = draw_times(n, times, noise, y, generator, centre=centre, spread=spread)
     shaping = 0
-    if level.dequantiser is not None and times != "likelihood":
+    if level.learned_noise is not None and times != "likelihood":
         shaping = -(-n // NOISE_SHARE)
         t = torch.cat((draw_times(shaping, "log-uniform", noise, y, generator), t[shaping:]))
     z = torch.randn(y.shape, generator=generator, device=y.device, dtype=y.dtype)
@@ -120,45 +121,16 @@ def flow_matching(
         shares = torch.zeros_like(weights)
         shares[:shaping] = weights[:shaping] * (n / shaping)
         y.register_hook(lambda gradient: gradient * shares)
-    predicted = level.flow.fields[0](t, path.point(y, z), condition)
+    predicted = level.flow.velocity(t, path.point(y, z), condition)
     errors = (predicted - path.velocity(y, z)).square()
     if times == "likelihood":
         errors = errors * weights
     loss = errors.mean()
-    if level.dequantiser is None:
+    if level.learned_noise is None:
         return loss, {}
     # Over the density of t, 1/(t·log 1000), the weighted errors are log 1000 times the loss.
-    log_det = log_det.mean() / level.dims
+    log_det = log_det.mean() / y[0].numel()
     return loss + log_det / math.log(SHORTEST_TIME), {"log_det": log_det.detach()}
-
-
-def draw_times(
-    n: int,
-    kind: str,
-    noise: Tensor,
-    like: Tensor,
-    generator: torch.Generator | None = None,
-    *,
-    centre: float = LOGIT_MEAN,
-    spread: float = LOGIT_STD,
-) -> Tensor:
-    """n times in [0, 1], stratified over the batch; of `TIMES`, see `flow_matching`."""
-    if kind not in TIMES:
-        raise UserError(f"unknown distribution of times {kind!r}; choose one of {', '.join(TIMES)}")
-    order = torch.randperm(n, generator=generator, device=like.device)
-    jitter = torch.rand(n, generator=generator, device=like.device, dtype=like.dtype)
-    uniform = (order.to(like.dtype) + jitter) / n
-    if kind == "uniform":
-        return uniform
-    if kind == "logit-normal":
-        return (centre + spread * torch.special.ndtri(uniform)).sigmoid()
-    lowest = noise.clamp_min(SHORTEST_TIME)
-    log_uniform = (lowest.log() * (1 - uniform)).exp()
-    log_uniform = ((log_uniform - noise) / (1 - noise)).clamp(0, 1)
-    if kind != "mixed":
-        return log_uniform
-    alternate = torch.arange(n, device=like.device) % 2 == 0
-    return torch.where(alternate, uniform, log_uniform)
 
 
 class Objective(nn.Module):
@@ -213,7 +185,7 @@ def augment(images: Tensor, flip: bool, crop: int, generator: torch.Generator) -
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
     side = images.shape[-1]
     if crop and crop < side:
-        host = torch.Generator().manual_seed(generator.initial_seed())
+        host = seeds.generator(generator.initial_seed())
         top, left = torch.randint(0, side - crop + 1, (2,), generator=host).tolist()
         images = images[..., top : top + crop, left : left + crop]
     return images

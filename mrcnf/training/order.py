@@ -1,11 +1,11 @@
-"""Seeds, and the order of the images, as functions of the step: nothing to save for a resume."""
+"""The order of the images, as a function of the step: nothing to save for a resume."""
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
+
+from mrcnf import seeds
 
 
 class EpochOrder:
@@ -30,15 +30,9 @@ class EpochOrder:
     def _slice(self, position: int, count: int) -> Tensor:
         epoch, offset = divmod(position, self.n)
         if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, 0, f"epoch {epoch}"))
+            generator = seeds.generator(seeds.seed_of(self.seed, 0, f"epoch {epoch}"))
             self.epoch, self.order = epoch, torch.randperm(self.n, generator=generator)
         part = self.order[offset : offset + count]
         if len(part) < count:
             part = torch.cat((part, self._slice(position + len(part), count - len(part))))
         return part
-
-
-def seed_of(seed: int, resolution: int, what: str) -> int:
-    """A seed for one purpose: 63 bits of a hash of the run's seed, the level and the purpose."""
-    digest = hashlib.blake2b(f"{seed}/{resolution}/{what}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

@@ -7,20 +7,20 @@ import torch
 from fields import LinearField, awake, matrix
 from torch import nn
 
-from mrcnf.errors import UserError
 from mrcnf.flows import paths
 from mrcnf.flows.paths import PATHS
+from mrcnf.flows.residual_field import ResidualField
 from mrcnf.flows.solve import Solver
-from mrcnf.flows.tangents import Stack
+from mrcnf.flows.tangents import Dual
 from mrcnf.flows.trace import Trace
-from mrcnf.flows.velocity import Field, ResidualField
+from mrcnf.flows.velocity import Field
 from mrcnf.image import haar
 from mrcnf.image.bits import bits_per_dim
-from mrcnf.image.noise import KINDS, dequantise
+from mrcnf.image.noise import NOISES, dequantise
 from mrcnf.model.level import Level
 from mrcnf.model.settings import FieldConfig, ModelConfig
-from mrcnf.runs.config import TIMES
-from mrcnf.training.objectives import SHORTEST_TIME, draw_times, flow_matching, likelihood
+from mrcnf.training.objectives import augment, flow_matching, likelihood
+from mrcnf.training.times import SHORTEST_TIME
 
 EXACT = Trace("exact")
 RK4 = Solver("rk4", steps=8)
@@ -41,7 +41,7 @@ def dequantised(n=4, **kind):
 # -- maximum likelihood -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NOISES)
 def test_the_parts_of_the_loss(kind):
     part = awake(level(dequantisation=kind))
     x, log_q = dequantised(kind=kind)
@@ -55,6 +55,32 @@ def test_the_parts_of_the_loss(kind):
     assert not any(value.requires_grad for value in found.values())
     plain, parts = likelihood(part, x, log_q, kinetic=0, frobenius=0, **settings)
     torch.testing.assert_close(plain.detach(), parts["bpd"])
+
+
+@pytest.mark.parametrize("resolution", [1, 2])
+@pytest.mark.parametrize("kind", NOISES)
+def test_crops_cost_what_they_cost_within_the_image(kind, resolution):
+    """At rest positions are independent, so the bits of an image are the mean of its quarters'."""
+    part = level(resolution, dequantisation=kind)
+    part.units.std.fill_(0.3)
+    x, log_q = dequantise(
+        torch.randint(0, 256, (4, 1, 4, 4), dtype=torch.uint8), kind=kind, dtype=torch.float64
+    )
+    settings = {"solver": RK4, "trace": EXACT, "kinetic": 0, "frobenius": 0}
+    whole, _ = likelihood(part, x, log_q, **settings)
+    quarters = [x[..., i : i + 2, j : j + 2] for i in (0, 2) for j in (0, 2)]
+    found = [likelihood(part, v, log_q / 4, **settings)[0] for v in quarters]
+    torch.testing.assert_close(torch.stack(found).mean(), whole)
+
+
+def test_crops_weigh_learned_noise_as_the_image_does():
+    part = level(dequantisation="variational")
+    part.units.std.fill_(0.3)
+    x, _ = dequantised(8)
+    x = x.repeat(1, 1, 2, 2)
+    found = [flow_matching(part, v)[1]["log_det"] for v in (x, x[..., :2, :2])]
+    torch.testing.assert_close(found[0], -torch.tensor(0.3, dtype=torch.float64).log())
+    torch.testing.assert_close(found[1], found[0])
 
 
 @pytest.mark.parametrize("trace", [EXACT, Trace("hutchinson", 2)])
@@ -105,55 +131,6 @@ def test_steer_integrates_to_the_moved_end():
     _, found = likelihood(part, x, log_q, steer=0.5, generator=generator, **settings)
     end = 1 + 0.5 * (2 * torch.rand((), generator=generator.manual_seed(2)).item() - 1)
     assert found["frobenius"].item() == pytest.approx(end * a.square().sum().item() / 3, rel=1e-9)
-
-
-# -- times ------------------------------------------------------------------------------------
-
-
-def ks(sample, cumulative):
-    """√n times the largest gap between empirical and true distribution functions."""
-    ordered = sample.sort().values
-    steps = torch.arange(1, len(ordered) + 1, dtype=torch.float64) / len(ordered)
-    return (steps - cumulative(ordered)).abs().max() * math.sqrt(len(ordered))
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.04, 0.3])
-@pytest.mark.parametrize("kind", TIMES)
-def test_times_have_their_distribution(kind, noise):
-    """Log-uniform is the noise of the path, which the data's own adds to."""
-    like = torch.zeros(1, dtype=torch.float64)
-    t = draw_times(20_000, kind, like[0] + noise, like)
-    low = max(noise, SHORTEST_TIME)
-    assert t.dtype == torch.float64 and t.shape == (20_000,)
-    assert t.min() >= 0 and t.max() <= 1
-
-    def uniform(x):
-        return x
-
-    def log_uniform(x):
-        beta = noise + (1 - noise) * x
-        return (1 - beta.log() / math.log(low)).clamp_min(0)
-
-    def mixed(x):
-        return (uniform(x) + log_uniform(x)) / 2
-
-    def logit_normal(x):
-        return torch.special.ndtr((x.logit() + 1.0) / 1.2)
-
-    known = {"uniform": uniform, "mixed": mixed, "logit-normal": logit_normal}
-    expected = known.get(kind, log_uniform)
-    assert ks(t, expected) < 1.5  # stratification makes it far less than that
-
-
-def test_times_are_stratified_over_the_batch():
-    t = draw_times(50, "uniform", torch.zeros(()), torch.zeros(1, dtype=torch.float64))
-    assert torch.equal((t * 50).floor().sort().values, torch.arange(50, dtype=torch.float64))
-    assert not torch.equal(t.sort().values, t)
-
-
-def test_unknown_times_are_refused():
-    with pytest.raises(UserError, match=r"'normal'.*logit-normal, mixed, uniform"):
-        draw_times(4, "normal", torch.zeros(()), torch.zeros(1))
 
 
 def test_likelihood_times_weigh_errors_as_the_evidence_bound_does():
@@ -235,14 +212,14 @@ class Regression(LinearField):
         self.slope = nn.Parameter(torch.zeros(3, 1, 1, dtype=torch.float64))
         self.log_std = nn.Parameter(torch.zeros((), dtype=torch.float64))
 
-    def run(self, t, stack, context):
+    def run(self, t, y, context):
         at = paths.at(self.path, t.reshape(-1, 1, 1, 1), self.noise)
         variance = (2 * self.log_std).exp()
         mean = self.slope * context
         spread = at.alpha**2 * variance + at.beta**2
         gain = (at.alpha * at.alpha_rate * variance + at.beta * at.beta_rate) / spread
         # E[dy_t/dt | y_t] = α'·mean + gain·(y_t - α·mean)
-        return stack.scale(gain).shift((at.alpha_rate - gain * at.alpha) * mean)
+        return y.scale(gain).shift((at.alpha_rate - gain * at.alpha) * mean)
 
 
 SLOPES = torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64)[:, None, None]
@@ -352,7 +329,7 @@ def seeded(seed):
 def bits(part):
     _, x, log_q = single_pixels(2000, seeded(6))
     with torch.no_grad():
-        bound = part.bound(part.log_prob(x).log_prob, log_q)
+        bound = part.bound(part.log_prob(x), x, log_q)
     return bits_per_dim(bound, 1).mean()
 
 
@@ -364,17 +341,17 @@ class Comb(Field):
         values = ((torch.arange(256).double() + 0.5) / 256).reshape(256, 1, 1, 1)
         self.points, self.noise = part.standardise(values)[0].flatten(), part.noise
 
-    def run(self, t, stack, context):
-        def velocity(y):
+    def run(self, t, y, context):
+        def velocity(at):
             path = paths.at("straight", t, self.noise)
-            distance = (y - path.alpha * self.points) / path.beta
+            distance = (at - path.alpha * self.points) / path.beta
             clean = ((-distance.square() / 2).softmax(-1) * self.points).sum(-1, keepdim=True)
-            return path.velocity(clean, (y - path.alpha * clean) / path.beta)
+            return path.velocity(clean, (at - path.alpha * clean) / path.beta)
 
-        if stack.tangents is None:
-            return Stack(velocity(stack.value), None)
-        value, pushed = torch.func.jvp(velocity, (stack.value,), (stack.tangents[0],))
-        return Stack(value, pushed[None])
+        if y.tangents is None:
+            return Dual(velocity(y.value), None)
+        value, pushed = torch.func.jvp(velocity, (y.value,), (y.tangents[0],))
+        return Dual(value, pushed[None])
 
 
 def test_the_bound_on_the_lattice_is_tight_for_the_best_field():
@@ -397,3 +374,24 @@ def test_a_field_must_see_the_lattice_to_be_tight_on_it():
         fit(part, draw, rate=0.01, times="mixed")  # the lattice shows at early times
         found[lattice] = bits(part)
     assert 8 < found[True] < 8.2 and 8.5 < found[False] < 8.8, found
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("crop", [0, 4, 8])
+def test_crops_are_windows_of_the_images(flip, crop):
+    pixels = torch.arange(6 * 64, dtype=torch.int32).reshape(6, 1, 8, 8)
+    seen = set()
+    for seed in range(20):
+        cut = augment(pixels, flip, crop, torch.Generator().manual_seed(seed))
+        side = crop or 8
+        assert cut.shape == (6, 1, side, side)
+        for original, image in zip(pixels, cut, strict=True):
+            corner = int(image.min()) - int(original.min())
+            top, left = divmod(corner, 8)
+            window = original[:, top : top + side, left : left + side]
+            mirrored = not torch.equal(image, window)
+            assert not mirrored or (flip and torch.equal(image, window.flip(-1)))
+            seen.add((top, left, mirrored))
+    assert {mirrored for *_, mirrored in seen} == ({True, False} if flip else {False})
+    places = {place[:2] for place in seen}
+    assert len(places) > 5 if crop == 4 else places == {(0, 0)}

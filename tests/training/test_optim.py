@@ -1,15 +1,18 @@
 """The optimiser: Muon's directions, and who gets them."""
 
+import math
+
 import pytest
 import torch
-from runs import images, metrics, tiny, trained
+from tiny import images, metrics, tiny, trained
 from torch import nn
+from trainers import trainer_of
 
 from mrcnf.errors import UserError
-from mrcnf.flows.velocity import ResidualField
+from mrcnf.flows.residual_field import ResidualField
 from mrcnf.runs import checkpoint
-from mrcnf.training import trainer as train
 from mrcnf.training.optim import Optimizer, Schedule
+from mrcnf.training.trainer import Trainer
 
 GOOD = torch.zeros(())
 
@@ -71,7 +74,7 @@ def test_another_optimisers_moments_are_refused(tmp_path, first, second):
     with pytest.raises(UserError, match=f"optimizer is {first}"):
         trained(tmp_path / "run", f"train.optimizer={second}", level=4, resume=True)
     settings = tiny(f"train.optimizer={first}")
-    assert train.Trainer(settings, 4, images(), tmp_path / "run", resume=True).finished
+    assert Trainer(settings, 4, images(), tmp_path / "run", resume=True).finished
 
 
 
@@ -90,14 +93,29 @@ def test_the_learning_rate_rises_and_falls_by_steps_or_by_the_clock():
 
 def test_training_by_the_clock_ends_with_it_and_resumes(tmp_path):
     settings = tiny("train.minutes=0.01")  # 0.6 s
-    trainer = train.Trainer(settings, 4, images(), tmp_path / "run")
+    trainer = Trainer(settings, 4, images(), tmp_path / "run")
     trainer.advance()
     trainer.seconds = 0.3
     assert not trainer.finished and trainer.progress == pytest.approx(0.5)
     trainer.save()
-    resumed = train.Trainer(settings, 4, images(), tmp_path / "run", resume=True)
+    resumed = Trainer(settings, 4, images(), tmp_path / "run", resume=True)
     assert resumed.seconds == trainer.seconds
     resumed.run(progress=False)
     assert resumed.finished and resumed.seconds >= 0.6
     assert metrics(tmp_path / "run", 4)[-1]["step"] == resumed.step_number
     assert checkpoint.unfinished(tmp_path / "run") == ["level 2 is not trained yet"]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_the_learning_rate_rises_then_follows_its_schedule(tmp_path, schedule):
+    trainer = trainer_of(
+        tmp_path, f"train.schedule={schedule}", "train.warmup=10", "train.steps=100",
+        "train.learning_rate=0.5",
+    )  # fmt: skip
+    rates = []
+    for trainer.step_number in range(101):
+        rates.append(trainer.schedule.learning_rate(trainer.step_number, 0.0))
+    falling = [(1 + math.cos(math.pi * k / 100)) / 2 for k in range(101)]
+    fall = falling if schedule == "cosine" else [1] * 101
+    expected = [0.5 * min(1, (k + 1) / 10) * fall[k] for k in range(101)]
+    assert rates == pytest.approx(expected)

@@ -1,0 +1,51 @@
+"""A level before its first step: built, standardised, and refused where settings do not fit."""
+
+from __future__ import annotations
+
+import torch
+
+from mrcnf import seeds
+from mrcnf.data.datasets import Images
+from mrcnf.errors import UserError
+from mrcnf.image.noise import dequantise
+from mrcnf.model.level import Level
+from mrcnf.runs.config import Config
+from mrcnf.runs.images import match_model
+
+STANDARDISE_ON = 4096
+"""Images that a level's units are fitted to, at most."""
+
+
+def prepare_level(config: Config, resolution: int, images: Images) -> Level:
+    """An untrained level, standardised on training images, on the CPU.
+
+    Args:
+        config: with the level's own settings merged in.
+        images: of any number of channels where `model.channels` is 0.
+
+    Raises:
+        UserError: the images do not fit the model, or the settings each other.
+    """
+    model = match_model(config.model, images)
+    generator = seeds.generator(seeds.seed_of(config.train.seed, resolution, "weights"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        level = Level(model, resolution, config.field, config.solver, config.trace)
+    chosen = torch.randperm(len(images), generator=generator)[:STANDARDISE_ON]
+    x, _ = dequantise(
+        images.pixels[chosen], nbits=model.nbits, kind=model.pixel_noise, generator=generator
+    )
+    level.fit_standardisation(x)
+    _refuse_unfit(config, level)
+    return level
+
+
+def _refuse_unfit(config: Config, level: Level) -> None:
+    crop, finest = config.train.crop, level.model.finest
+    if crop < 0 or crop % level.multiple or crop > finest:
+        raise UserError(
+            f"train.crop {crop} must be a multiple of {level.multiple} and at most {finest} for "
+            f"level {level.resolution}"
+        )
+    if config.train.objective == "flow-matching":
+        level.flow.check_velocity()

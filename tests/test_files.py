@@ -1,0 +1,32 @@
+"""Files are written whole or not at all."""
+
+import os
+
+import pytest
+from tiny import files
+
+from mrcnf import files as writing
+from mrcnf.errors import UserError
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, function, error):
+    path = tmp_path / "file"
+    writing.write(path, "old")
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(os, function, fail)
+    with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt):
+        writing.write(path, "new")
+    assert files(tmp_path) == {path.relative_to(tmp_path): b"old"}
+
+
+def test_a_folder_below_a_file_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    path = tmp_path / "file" / "run" / "a"
+    with pytest.raises(UserError, match="choose another place") as error:
+        writing.write(path, "new")
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
