@@ -1,5 +1,5 @@
 """`python -m mrcnf`, for torchrun."""
 
-from mrcnf.cli.commands import main
+from mrcnf.cli import main
 
 main()

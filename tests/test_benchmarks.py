@@ -80,7 +80,7 @@ def test_the_dynamics_compile_as_one_graph():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("missing", ["pywt", "pywt tyro PIL pooch tqdm matplotlib"])
+@pytest.mark.parametrize("missing", ["pywt", "pywt tyro PIL pooch tqdm matplotlib tomli_w"])
 def test_package_and_benchmarks_load_on_a_bare_machine(missing):
     """A lent GPU machine has PyTorch and torchdiffeq, and neither data nor command line."""
     blocked = missing.split()

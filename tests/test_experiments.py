@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mrcnf.cli import commands as cli
+from mrcnf import cli
 from mrcnf.model.level import Level
 from mrcnf.runs import checkpoint, config
 

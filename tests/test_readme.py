@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mrcnf.cli import commands as cli
+from mrcnf import cli
 from mrcnf.data.datasets import Images
 from mrcnf.data.imagefile import save_image
+from mrcnf.runs.checkpoint import describe
 from mrcnf.runs.config import from_table
 from mrcnf.training import trainer as train
 
@@ -37,18 +38,6 @@ def tiny_run(tmp_path_factory):
     return folder
 
 
-def test_the_python_example_runs(tiny_run, monkeypatch, capsys):
-    monkeypatch.chdir(tiny_run)
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    names: dict = {}
-    exec(example, names)
-    assert "(8, 16, 32)" in capsys.readouterr().out
-    assert names["finer"].shape == (4, 1, 32, 32)
-    assert names["path"].shape == (5, 1, 1, 32, 32)
-    expected = -names["detail"][0].numel() / 2  # the divergence of -y/2
-    assert names["divergence"].item() == pytest.approx(expected)
-
-
 @pytest.fixture(scope="module")
 def workplace(tiny_run):
     """The files that the README's commands name, small."""
@@ -59,6 +48,20 @@ def workplace(tiny_run):
         save_image(tiny_run / f"photos/train/{i}.png", image)
     save_image(tiny_run / "photo.png", noise[0, :, :16, :16])
     return tiny_run
+
+
+def test_the_python_example_runs(workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict = {}
+    exec(example, names)
+    assert "(8, 16, 32)" in capsys.readouterr().out
+    assert names["finer"].shape == (4, 1, 32, 32)
+    assert names["path"].shape == (5, 1, 1, 32, 32)
+    assert names["large"].shape == (1, 1, 90, 122)
+    assert describe(names["run"])[8]["step"] == 20
+    expected = -names["detail"][0].numel() / 2  # the divergence of -y/2
+    assert names["divergence"].item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -79,9 +82,12 @@ def test_the_test_command_is_the_one_ci_runs():
     assert command in (ROOT / ".ci/run").read_text()
 
 
-def test_the_tree_in_the_readme_exists():
-    for path in re.findall(r"(mrcnf/\w+\.py)", README):
-        assert (ROOT / path).exists(), path
+def test_the_layout_has_a_line_for_every_file():
+    layout = README.split("## Layout")[1]
+    listed = re.findall(r"^    (mrcnf/[\w/]+\.py) ", layout, flags=re.MULTILINE)
+    files = [p.relative_to(ROOT).as_posix() for p in (ROOT / "mrcnf").rglob("*.py")]
+    empty = {"mrcnf/__main__.py", *(f for f in files if re.fullmatch(r"mrcnf/\w+/__init__.py", f))}
+    assert sorted(listed) == sorted(set(files) - empty)
 
 
 def test_every_recipe_of_the_experiments_table_exists():

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from mrcnf.flows import trace
 from mrcnf.flows.continuous import ContinuousFlow
+from mrcnf.flows.paper_field import PaperField
+from mrcnf.flows.residual_field import ResidualField
 from mrcnf.flows.solve import ADAPTIVE, FIXED, Solver, solve
 from mrcnf.flows.trace import Trace
-from mrcnf.flows.velocity import Conditioned, PaperField, ResidualField
+from mrcnf.flows.velocity import Conditioned
 from mrcnf.image import haar
 from mrcnf.image.bits import bits_per_dim, log_prob_of_integers
 from mrcnf.image.noise import dequantise

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mrcnf import runtime
+from mrcnf import runtime, seeds
 from mrcnf.data.datasets import Images
 from mrcnf.errors import UserError
 from mrcnf.flows.solve import Solver
-from mrcnf.flows.trace import Trace
 from mrcnf.image.bits import bits_per_dim
-from mrcnf.image.noise import dequantise
+from mrcnf.image.noise import check_images, dequantise
 from mrcnf.model.level import Level, likelihoods
 from mrcnf.runs.config import changed
 
@@ -82,26 +81,37 @@ class Evaluation:
 
 def evaluate(
     levels: Iterable[Level],
-    images: Images,
+    images: Images | Tensor,
     *,
     limit: int = 0,
     batch: int = 100,
     draws: int = 1,
     seed: int = 0,
+    compile: bool = False,
     progress: bool = False,
 ) -> Evaluation:
     """Bits per dimension of the images, by level and in total, with standard errors.
 
+    Solver and trace are each level's own (`level.solver`, `level.trace`; set them to change).
+
     Args:
         levels: a model, or some of its levels; the total is theirs.
+        images: with the name that the result mentions; or uint8 (N, C, H, W).
         limit: evaluate the first so many; 0 evaluates all.
         batch: images solved together.
         draws: dequantisation draws per image, averaged.
         seed: of noise and probes; batch b and draw d have a seed of their own, so numbers
             compare between solvers.
+        compile: compile the levels' networks first, which takes a minute; they stay so.
+        progress: show a bar on stderr.
 
-    Solver and trace are each level's own (`level.solver`, `level.trace`; set them to change).
+    Raises:
+        UserError: fewer than 2 images, or not such as the model is of; no compiler.
     """
+    levels = list(levels)
+    if isinstance(images, Tensor):
+        images = Images(images, "a tensor", "")
+    check_images(images.pixels, levels[0].model.channels)
     if limit:
         images = Images(
             images.pixels[:limit],
@@ -114,7 +124,10 @@ def evaluate(
             f"{images.name} has {len(images)} images to evaluate; at least 2 are needed"
         )
     started = time.perf_counter()
-    levels = list(levels)
+    if compile:
+        for level in levels:
+            runtime.require_compiler(level.device, "evaluate.compile")
+            level.compile()
     bits, costs = _bits(levels, images.pixels, batch, draws, seed, progress=progress)
     reports = []
     for i, level in enumerate(levels):
@@ -127,7 +140,7 @@ def evaluate(
         )
     mean, error = mean_and_error(bits.sum(0), images.groups)
     return Evaluation(
-        data=f"{images.name} {images.split}",
+        data=f"{images.name} {images.split}".strip(),
         images=len(images),
         bpd=mean,
         bpd_stderr=error,
@@ -222,17 +235,16 @@ def _bits(
     batch: int,
     draws: int,
     seed: int,
-    solver: Mapping[int, Solver] | Solver | None = None,
-    trace: Trace | None = None,
+    solver: Mapping[int, Solver] | None = None,
     progress: bool = False,
 ) -> tuple[Tensor, list[tuple[float, float]]]:
-    """Bits per (finest) dimension by level and image, and mean NFE and rejections by level.
+    """Bits per dimension of the images, by level and image, and mean NFE and rejections by level.
 
     Under torchrun each process takes every K-th batch; all of them get the whole result.
     """
     levels = list(levels)
     rank, world = runtime.rank_and_world()
-    model, device = levels[0].model, levels[0].mean.device
+    model, device = levels[0].model, levels[0].device
     batches = images.split(batch)
     bits = torch.zeros(len(levels), len(images), dtype=torch.float64)
     costs = torch.zeros(len(levels), 2, dtype=torch.float64)
@@ -243,15 +255,13 @@ def _bits(
             continue
         first = b * batch
         for draw in range(draws):
-            generator = _generator(device, seed, b, draw)
+            generator = seeds.generator(seeds.of_batch(seed, b, draw), device)
             x, log_q = dequantise(
                 chunk.to(device), nbits=model.nbits, kind=model.pixel_noise, generator=generator
             )
-            parts = likelihoods(
-                levels, x, log_q, generator=generator, solver=solver, trace=trace
-            )
+            parts = likelihoods(levels, x, log_q, generator=generator, solver=solver)
             for i, part in enumerate(parts.values()):
-                share = bits_per_dim(part.log_prob.double().cpu(), model.dims)
+                share = bits_per_dim(part.log_prob.double().cpu(), x[0].numel())
                 bits[i, first : first + len(chunk)] += share / draws
                 cost = part.statistics
                 costs[i] += torch.tensor([cost.evaluations, cost.rejected], dtype=torch.float64)
@@ -263,51 +273,13 @@ def _bits(
     return bits, [(nfe, rejected) for nfe, rejected in mean_costs]
 
 
-def level_bits(
-    level: Level,
-    images: Tensor,
-    *,
-    batch: int = 100,
-    seed: int = 0,
-    solver: Solver | None = None,
-    trace: Trace | None = None,
-) -> Tensor:
+def level_bits(level: Level, images: Tensor, *, batch: int = 100, seed: int = 0) -> Tensor:
     """One level's share of the bits per finest dimension, (N,), without the other levels."""
-    return _bits([level], images, batch, 1, seed, solver, trace)[0][0]
-
-
-@torch.no_grad()
-def nearest(images: Tensor, among: Tensor, k: int, *, chunk: int = 1000) -> Tensor:
-    """For each image the k nearest of others, by Euclidean distance of the pixels.
-
-    Args:
-        images: uint8 (N, C, H, W).
-        among: uint8 (M, C, H, W), M at least k.
-        chunk: how many of `among` are compared at a time.
-
-    Returns:
-        int64 (N, k): indices into `among`, nearest first; of equally near ones the first.
-    """
-    wanted = images.flatten(1).double()
-    distances = wanted.new_empty(len(images), 0)
-    indices = torch.empty(len(images), 0, dtype=torch.int64, device=images.device)
-    for first in range(0, len(among), chunk):
-        # Up to the image's own norm; whole numbers, so double precision is exact.
-        others = among[first : first + chunk].flatten(1).to(wanted)
-        here = others.square().sum(1) - 2 * wanted @ others.T
-        numbers = torch.arange(first, first + len(others), device=images.device)
-        distances, order = torch.cat((distances, here), 1).sort(dim=1, stable=True)
-        indices = torch.cat((indices, numbers.expand(len(images), -1)), 1).gather(1, order)[:, :k]
-        distances = distances[:, :k]
-    return indices
+    return _bits([level], images, batch, 1, seed)[0][0]
 
 
 def _grouped(groups: Tensor | None) -> bool:
     return groups is not None and len(groups.unique()) >= 8
-
-
-def _generator(device: torch.device, seed: int, batch: int, draw: int = 0) -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed * 1_000_003 + batch * 1009 + draw)
 
 
 def _common(texts: Any) -> str:

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from mrcnf.errors import UserError
 from mrcnf.flows.base import FlowResult
+from mrcnf.flows.continuous import ContinuousFlow
+from mrcnf.flows.paper_field import PaperField
 from mrcnf.flows.solve import Solver, State, Statistics, solve
-from mrcnf.flows.tangents import Stack
-from mrcnf.flows.velocity import PaperField
+from mrcnf.flows.tangents import Dual
 from mrcnf.image.bits import bits_per_dim
 from mrcnf.model.level import Level
 
@@ -41,14 +42,14 @@ class ConcatenatedField(PaperField):
         torch.nn.Module.__init__(self)
         self.layers = field.layers
 
-    def run(self, t: Tensor, stack: Stack, context: Tensor | None) -> Stack:
-        if stack.tangents is not None:
+    def run(self, t: Tensor, y: Dual, context: Tensor | None) -> Dual:
+        if y.tangents is not None:
             raise UserError("the reference path takes its traces by reverse mode")
-        h = stack.value if context is None else torch.cat((stack.value, context), 1)
+        h = y.value if context is None else torch.cat((y.value, context), 1)
         for i, layer in enumerate(self.layers):
             h = F.softplus(h) if i else h
             h = layer(torch.cat((torch.ones_like(h[:, :1]) * t, h), 1))
-        return Stack(h, None)
+        return Dual(h)
 
 
 def log_prob(
@@ -63,13 +64,14 @@ def log_prob(
     y, context, log_det = level.prepare(x)
     zeros = [y.new_zeros(len(y)) for _ in range(3 if regularise else 1)]
     statistics, state = Statistics(), (y, *zeros)
-    for block in range(len(level.flow.fields)):
+    for field in _fields(level):
         probe = torch.randn(y.shape, generator=generator, device=y.device, dtype=y.dtype)
-        state, cost = _carry(level, block, state, context, probe, solver)
+        state, cost = _carry(level, field, state, context, probe, solver)
         statistics = statistics + cost
     y, total, *energies = state
-    normal = -0.5 * (y.square().flatten(1).sum(1) + level.dims * math.log(2 * math.pi))
-    return FlowResult(normal + total + log_det, y, statistics, *energies)
+    dims = y[0].numel()
+    normal = -0.5 * (y.square().flatten(1).sum(1) + dims * math.log(2 * math.pi))
+    return FlowResult(normal + total + log_det, dims, y, statistics, *energies)
 
 
 def training_step(
@@ -84,7 +86,7 @@ def training_step(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """As `objectives.likelihood`: the loss, whose backward pass is the adjoint's, and its parts."""
     result = log_prob(level, x, solver=solver, regularise=True, generator=generator)
-    bpd = bits_per_dim(level.bound(result.log_prob, log_q), level.dims).mean()
+    bpd = bits_per_dim(level.bound(result, x, log_q), result.dims).mean()
     assert result.kinetic is not None and result.frobenius is not None
     energy, norm = result.kinetic.mean(), result.frobenius.mean()
     parts = {"bpd": bpd.detach(), "kinetic": energy.detach(), "frobenius": norm.detach()}
@@ -108,20 +110,29 @@ def sample(
             ordinary solve of y alone.
     """
     context, y, statistics = level.condition(coarse), latent, Statistics()
-    for block in reversed(range(len(level.flow.fields))):
+    for field in reversed(_fields(level)):
         probe = None
         if density:
             probe = torch.randn(y.shape, generator=generator, device=y.device, dtype=y.dtype)
         state: State = (y, y.new_zeros(len(y))) if density else (y,)
-        (y, *_), cost = _carry(level, block, state, context, probe, solver, backwards=True)
+        (y, *_), cost = _carry(level, field, state, context, probe, solver, backwards=True)
         statistics = statistics + cost
-    values = level.unstandardise(y)
-    return values if coarse is None else level.merge(values, coarse), statistics
+    values = level.units.invert(y)
+    return values if coarse is None else level.pyramid.up(values, coarse), statistics
+
+
+def _fields(level: Level) -> list[ConcatenatedField]:
+    """The level's fields in their published form."""
+    found = list(level.flow) if isinstance(level.flow, ContinuousFlow) else []
+    papers = [field for field in found if isinstance(field, PaperField)]
+    if len(papers) != len(found) or not found:
+        raise UserError("the reference path needs levels of field.kind = 'paper'")
+    return [ConcatenatedField(field) for field in papers]
 
 
 def _carry(
     level: Level,
-    block: int,
+    field: ConcatenatedField,
     state: State,
     context: Tensor | None,
     probe: Tensor | None,
@@ -129,10 +140,6 @@ def _carry(
     backwards: bool = False,
 ) -> tuple[State, Statistics]:
     """One block's solve of (y, log-density in nats, kinetic energy, Frobenius norm)."""
-    own = level.flow.fields[block]
-    if not isinstance(own, PaperField):
-        raise UserError("the reference path needs levels of field.kind = 'paper'")
-    field = ConcatenatedField(own)
 
     def dynamics(t: Tensor, state: State) -> State:
         y, *integrals = state

@@ -69,15 +69,25 @@ def table(rows: Sequence[Row]) -> str:
         "| run | level | parameters | steps | minutes | test bits/dim | differs in |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row, name in zip(rows, labels([row.run for row in rows]), strict=True):
         bpd = "" if row.bpd is None else f"{row.bpd:.4f}"
         bpd += "" if row.bpd_stderr is None else f" ± {row.bpd_stderr:.4f}"
         differs = ", ".join(f"{key} = {value}" for key, value in row.settings.items())
         lines.append(
-            f"| {row.run.name} | {row.resolution} | {row.parameters:,} | {row.step:,} | "
+            f"| {name} | {row.resolution} | {row.parameters:,} | {row.step:,} | "
             f"{row.minutes:.1f} | {bpd} | {differs} |"
         )
     return "\n".join(lines)
+
+
+def labels(runs: Sequence[Path]) -> list[str]:
+    """What each run is called beside the others: its folder's name, or its path if names meet."""
+    names = [run.resolve().name for run in runs]
+    distinct = [name for name, _ in set(zip(names, runs, strict=True))]
+    return [
+        name if distinct.count(name) == 1 else str(run)
+        for run, name in zip(runs, names, strict=True)
+    ]
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Every figure: image grids, upscaling panels, training curves."""
+"""Every figure: upscaling panels, training curves, runs beside each other."""
 
 from __future__ import annotations
 
@@ -7,81 +7,74 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from mrcnf import files
 from mrcnf.errors import UserError
+from mrcnf.image.grid import enlarge
+from mrcnf.report import compare
 from mrcnf.runs import checkpoint, metrics
 
-BACKGROUND = 255
-
-
-def grid(images: Tensor, columns: int = 0, gap: int = 2, zoom: int = 1) -> Tensor:
-    """Tile uint8 (N, C, H, W) into one image (C, ·, ·), row by row on white.
-
-    Args:
-        columns: images per row; 0 makes the grid as square as possible.
-        gap: pixels between images, after zooming.
-        zoom: show each pixel as a square of this side.
-    """
-    images = enlarge(images.cpu(), zoom)
-    n, c, h, w = images.shape
-    columns = columns or math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    canvas = torch.full((c, rows * (h + gap) + gap, columns * (w + gap) + gap), BACKGROUND,
-                        dtype=torch.uint8)  # fmt: skip
-    for i, image in enumerate(images):
-        top = gap + (i // columns) * (h + gap)
-        left = gap + (i % columns) * (w + gap)
-        canvas[:, top : top + h, left : left + w] = image
-    return canvas
-
-
-def enlarge(images: Tensor, zoom: int) -> Tensor:
-    """Repeat every pixel zoom × zoom times."""
-    return images.repeat_interleave(zoom, -2).repeat_interleave(zoom, -1)
+DPI = 130
+PICTURE = 169, 640
+"""A panel's pictures in dots: the longer side is at least, and at most, so long."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
+"""The colour-blind-safe palette of Okabe and Ito (2008), what stands out most on white first."""
+MARKERS, LINES = "osD^vP", ("-", "--", ":", "-.")
 
 
 def upscaling_panel(
-    path: Path,
-    inputs: Tensor,
-    draws: Tensor,
-    truth: Tensor | None = None,
-    *,
-    zoom: int = 3,
+    path: Path, inputs: Tensor, draws: Tensor, truth: Tensor | None = None
 ) -> None:
     """A row per image: the input, nearest-neighbour enlarged; draws; the truth if known.
 
     Args:
-        inputs: uint8 (N, C, r, r).
-        draws: uint8 (K, N, C, R, R).
-        truth: uint8 (N, C, R, R).
+        inputs: uint8 (N, C, h, w).
+        draws: uint8 (K, N, C, f·h, f·w) for a whole f.
+        truth: uint8 (N, C, f·h, f·w).
     """
     factor = draws.shape[-1] // inputs.shape[-1]
     cells: list[Tensor] = [enlarge(inputs.cpu(), factor), *draws.cpu()]
-    titles = [f"input {inputs.shape[-1]}×{inputs.shape[-1]}"]
+    titles = [f"input {inputs.shape[-1]}×{inputs.shape[-2]}"]
     titles += [f"draw {k + 1}" for k in range(len(draws))]
     if truth is not None:
         cells.append(truth.cpu())
         titles.append("truth")
-    rows, columns = len(inputs), len(cells)
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(1.3 * columns, 1.3 * rows + 0.3), squeeze=False
-    )
-    for row in range(rows):
-        for column in range(columns):
-            axis = axes[row][column]
-            picture = enlarge(cells[column][row], zoom).permute(1, 2, 0).numpy()
-            grey = picture.shape[2] == 1
-            axis.imshow(picture[..., 0] if grey else picture, cmap="gray" if grey else None,
-                        vmin=0, vmax=255, interpolation="nearest")  # fmt: skip
-            axis.axis("off")
-            if row == 0:
-                axis.set_title(titles[column], fontsize=9)
-    figure.tight_layout(pad=0.4)
+    figure, axes = _picture_axes(len(inputs), len(cells), *draws.shape[-2:])
+    for column, pictures in enumerate(cells):
+        axes[0][column].set_title(titles[column], fontsize=9)
+        for axis, picture in zip(axes[:, column], pictures, strict=True):
+            _show(axis, picture)
     _save(figure, path)
+
+
+def _picture_axes(rows: int, columns: int, height: int, width: int):  # type: ignore[no-untyped-def]
+    """Axes for pictures of height × width pixels, each a square of whole dots if it can be."""
+    longer = max(height, width)
+    zoom = max(1, math.ceil(PICTURE[0] / longer)) if longer <= PICTURE[1] else PICTURE[1] / longer
+    gap, title, narrowest = 8, 26, 100  # dots; a title needs its width
+    tall, wide = zoom * height, max(zoom * width, narrowest)
+    down, across = rows * (tall + gap) + title, columns * (wide + gap) + gap
+    place = {
+        "left": gap / across,
+        "right": 1 - gap / across,
+        "bottom": gap / down,
+        "top": 1 - title / down,
+        "wspace": gap / wide,
+        "hspace": gap / tall,
+    }
+    size = across / DPI, down / DPI
+    return _pyplot().subplots(
+        rows, columns, figsize=size, dpi=DPI, squeeze=False, gridspec_kw=place
+    )
+
+
+def _show(axis, image: Tensor) -> None:  # type: ignore[no-untyped-def]
+    """An image, uint8 (C, H, W): its pixels where it is enlarged, their means where it shrinks."""
+    pixels = image.permute(1, 2, 0).numpy()
+    axis.imshow(pixels.squeeze(2) if len(image) == 1 else pixels, cmap="gray", vmin=0, vmax=255,
+                interpolation="antialiased")  # fmt: skip
+    axis.axis("off")
 
 
 def training_curves(path: Path, run: Path) -> None:
@@ -101,32 +94,54 @@ def training_curves(path: Path, run: Path) -> None:
 
 
 def bpd_curves(path: Path, runs: Sequence[Path]) -> None:
-    """Bits/dim on test images against training time, a panel per level, a line per run."""
-    pyplot = _pyplot()
+    """Bits/dim on test images against training time, a panel per level, a line per run.
+
+    A run looks the same in all panels, whichever of the levels it has.
+
+    Raises:
+        UserError: no run has such a curve.
+    """
     curves = [
-        (resolution, run.name, curve)
-        for run in runs
+        (resolution, i, curve)
+        for i, run in enumerate(runs)
         for resolution, folder in checkpoint.find_levels(run).items()
         if (curve := metrics.read_curve(folder))
     ]
     if not curves:
         raise UserError("none of these runs has a test curve; train with train.evaluate_every=500")
     levels = sorted({resolution for resolution, _, _ in curves})
-    figure, axes = pyplot.subplots(
-        1, len(levels), figsize=(1 + 3.6 * len(levels), 3.4), squeeze=False
+    names = compare.labels(runs)
+    # In inches; the legend takes what is beside the panels.
+    size = 3.6 * len(levels) + 0.6 + 0.07 * max(map(len, names)), max(3.4, 0.18 * len(runs))
+    figure, axes = _pyplot().subplots(
+        1, len(levels), figsize=size, squeeze=False, layout="constrained"
     )
+    handles = {}
+    for resolution, i, curve in curves:
+        minutes, bits = zip(*((row["seconds"] / 60, row["test_bpd"]) for row in curve), strict=True)
+        axis = axes[0][levels.index(resolution)]
+        (handles[i],) = axis.plot(minutes, bits, ms=3, label=names[i], **line_style(i))
     for axis, level in zip(axes[0], levels, strict=True):
-        for resolution, name, curve in curves:
-            if resolution == level:
-                minutes = [row["seconds"] / 60 for row in curve]
-                axis.plot(minutes, [row["test_bpd"] for row in curve], "o-", ms=3, label=name)
         axis.set_title(f"level {level}", fontsize=10)
         axis.set_xlabel("training time [min]")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("share of the test bits/dim")
-    axes[0][-1].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
+    shown = [handles[i] for i in sorted(handles)]
+    figure.legend(handles=shown, loc="outside right upper", frameon=False, fontsize=8)
     _save(figure, path)
+
+
+def line_style(i: int) -> dict[str, str]:
+    """How the i-th of several things that a figure compares is drawn, as arguments of `plot`.
+
+    The first eight differ in colour; then markers and line styles change too.
+    """
+    again = i // len(COLOURS)
+    return {
+        "color": COLOURS[i % len(COLOURS)],
+        "marker": MARKERS[again % len(MARKERS)],
+        "linestyle": LINES[again % len(LINES)],
+    }
 
 
 def smooth(values: Sequence[float], decay: float = 0.8) -> list[float]:
@@ -149,6 +164,6 @@ def _pyplot():  # type: ignore[no-untyped-def]
 
 def _save(figure, path: Path) -> None:  # type: ignore[no-untyped-def]
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
+    figure.savefig(buffer, format="png", dpi=DPI)
     _pyplot().close(figure)
     files.write(path, buffer.getvalue())

@@ -8,15 +8,17 @@ from itertools import pairwise
 import pytest
 import torch
 from fields import awake
-from runs import images, trained
+from tiny import images, trained
 
 import mrcnf
+from mrcnf import runtime, seeds
 from mrcnf.data.datasets import Images
 from mrcnf.errors import UserError
 from mrcnf.flows.solve import Solver, SolverError
 from mrcnf.flows.trace import Trace
 from mrcnf.image.noise import dequantise
 from mrcnf.measure import evaluate
+from mrcnf.model.level import Level
 
 EXACT = Trace("exact")
 
@@ -58,9 +60,9 @@ def test_an_untrained_identity_costs_what_a_normal_costs(tmp_path):
     level = mrcnf.load(trained(tmp_path / "run", *settings)).level(2)
     data = images()
     bits = evaluate.level_bits(level, data.pixels, seed=1)
-    x, _ = dequantise(data.pixels, generator=evaluate._generator(torch.device("cpu"), 1, 0))
+    x, _ = dequantise(data.pixels, generator=seeds.generator(seeds.of_batch(1, 0)))
     coarse = x.reshape(12, 1, 2, 2, 2, 2).mean((3, 5))
-    normal = torch.distributions.Normal(level.mean, level.std)
+    normal = torch.distributions.Normal(level.units.mean, level.units.std)
     nats = normal.log_prob(coarse).flatten(1).sum(1) - 4 * math.log(256)
     torch.testing.assert_close(bits, (-nats / (16 * math.log(2))).double(), rtol=1e-4, atol=1e-5)
 
@@ -75,30 +77,6 @@ def test_more_draws_average(model, exact):
     both, _ = evaluate._bits(exact, data.pixels, 100, 2, 0)
     expected = torch.stack(means).mean(0).double()
     torch.testing.assert_close(both.sum(0), expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 40, 1000])
-@pytest.mark.parametrize("k", [1, 5, 40])
-def test_the_nearest_images_are_those_of_brute_force(k, chunk):
-    generator = torch.Generator().manual_seed(2)
-    among = torch.randint(256, (40, 3, 4, 4), generator=generator, dtype=torch.uint8)
-    among[30:] = among[:10]  # equally near: the first comes first
-    chosen = torch.randint(256, (6, 3, 4, 4), generator=generator, dtype=torch.uint8)
-    chosen[0] = among[33]
-    differences = chosen[:, None].long() - among[None].long()
-    expected = differences.square().flatten(2).sum(2).sort(dim=1, stable=True).indices[:, :k]
-    found = evaluate.nearest(chosen, among, k, chunk=chunk)
-    assert torch.equal(found, expected) and found[0, 0] == 3
-
-
-def test_neighbours_of_extreme_images_are_exact():
-    """Squared norms of 2·10⁸, beyond single precision's whole numbers, that differ by one."""
-    among = torch.full((3, 3, 32, 32), 255, dtype=torch.uint8)
-    among[0, 0, 0, 0] = among[1, 0, 0, 0] = 0
-    image = among[:1].clone()
-    image[0, 0, 0, 0] = 1
-    among[0, 0, 0, 0] = 3
-    assert evaluate.nearest(image, among, 3).tolist() == [[1, 0, 2]]
 
 
 def test_the_same_seed_gives_the_same_numbers(model):
@@ -153,8 +131,8 @@ def test_one_image_has_no_error(model):
 def test_level_bits_are_the_levels_share(model, exact):
     data = images()
     shares, _ = evaluate._bits(exact, data.pixels, 5, 1, 2)
-    for share, level in zip(shares, model, strict=True):
-        bits = evaluate.level_bits(level, data.pixels, batch=5, seed=2, trace=EXACT)
+    for share, level in zip(shares, exact, strict=True):
+        bits = evaluate.level_bits(level, data.pixels, batch=5, seed=2)
         torch.testing.assert_close(bits, share)
 
 
@@ -233,3 +211,40 @@ def test_the_json_says_everything(model):
     assert table["bpd"] == result.bpd and table["seconds"] > 0
     assert len(table["convergence"]) == 2
     assert f"{result.bpd:.4f} ± {result.bpd_stderr:.4f} bits/dim on 12 images" in str(result)
+
+
+def test_a_tensor_serves_as_images(model):
+    data = images()
+    named, bare = (evaluate.evaluate(model, given, seed=3) for given in (data, data.pixels))
+    assert (bare.bpd, bare.bpd_stderr, bare.levels) == (named.bpd, named.bpd_stderr, named.levels)
+    assert "on 12 images of a tensor\n" in str(bare)
+
+
+@pytest.mark.parametrize("wrong", [images(channels=3).pixels, images().pixels.float()])
+def test_images_that_are_none_of_the_models_are_refused(model, wrong):
+    with pytest.raises(UserError, match="images"):
+        evaluate.evaluate(model, wrong)
+
+
+def test_levels_are_compiled_when_asked(model, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(Level, "compile", lambda level: compiled.append(level.resolution))
+    monkeypatch.setattr(runtime, "require_compiler", lambda *_: compiled.append("able"))
+    evaluate.evaluate(model, images())
+    assert compiled == []
+    evaluate.evaluate(model, images(), compile=True)
+    assert compiled == ["able", 2, 4] or compiled == ["able", 2, "able", 4]
+
+
+@pytest.mark.parametrize("size", [(5, 4), (6, 7)])
+def test_images_of_a_size_that_the_levels_cannot_take_are_refused(model, size):
+    with pytest.raises(UserError, match="multiples of 2"):
+        evaluate.evaluate(model, torch.zeros(3, 1, *size, dtype=torch.uint8))
+
+
+def test_images_of_another_size_are_evaluated_as_the_model_does(model):
+    larger = images(count=4, side=8).pixels
+    found = evaluate.evaluate(model, larger, batch=4, seed=2)
+    generator = torch.Generator().manual_seed(2 * 1_000_003)
+    expected = model.bits_per_dim(larger, generator=generator).mean()
+    assert found.bpd == pytest.approx(float(expected), rel=1e-6)

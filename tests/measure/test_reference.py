@@ -4,10 +4,10 @@ import pytest
 import torch
 from fields import awake
 
+from mrcnf.flows.paper_field import PaperField
 from mrcnf.flows.solve import Solver
-from mrcnf.flows.tangents import Stack
+from mrcnf.flows.tangents import Dual
 from mrcnf.flows.trace import Trace
-from mrcnf.flows.velocity import PaperField
 from mrcnf.image.noise import dequantise
 from mrcnf.measure import reference
 from mrcnf.model.level import Level
@@ -103,7 +103,7 @@ def test_the_frobenius_norm_is_estimated_without_bias():
 @pytest.mark.parametrize("density", [False, True])
 def test_samples_are_those_of_our_solve(density):
     found, (x, _) = level(8), images()
-    latent = torch.randn(3, *found.shape, dtype=torch.float64)
+    latent = torch.randn(3, *found.latent_shape(8, 8), dtype=torch.float64)
     _, coarse = found.coefficients(x)
     theirs, cost = reference.sample(found, latent, coarse, solver=TIGHT, density=density)
     with torch.no_grad():
@@ -126,4 +126,4 @@ def test_other_fields_and_forward_mode_are_refused():
         reference.log_prob(other, torch.rand(1, 1, 8, 8))
     field, y = reference.ConcatenatedField(PaperField(1)), torch.zeros(1, 1, 4, 4)
     with pytest.raises(reference.UserError, match="reverse mode"):
-        field.run(torch.tensor(0.5), Stack(y, y[None]), None)
+        field.run(torch.tensor(0.5), Dual(y, y[None]), None)

@@ -1,26 +1,16 @@
 """Runs beside each other, and the curves of their bits on test images."""
 
-import pytest
-import torch
-from runs import images, tiny, trained
+import shutil
+from pathlib import Path
 
-from mrcnf.cli import commands as cli
+import pytest
+from tiny import trained
+
+from mrcnf import cli
 from mrcnf.data.imagefile import read_image
 from mrcnf.errors import UserError
 from mrcnf.report import compare, plot
 from mrcnf.runs import metrics as log
-from mrcnf.training import trainer as train
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    for name, override in (("a", "train.beta2=0.99"), ("b", "train.beta2=0.5")):
-        settings = tiny(override, "train.evaluate_every=2")
-        for level in (2, 4):
-            trainer = train.Trainer(settings, level, images(), folder / name, test=images(seed=1))
-            trainer.run(progress=False)
-    return [folder / "a", folder / "b"]
 
 
 def test_rows_say_what_differs_and_what_it_gave(runs):
@@ -51,11 +41,6 @@ def test_runs_without_a_curve_are_still_compared(tmp_path):
     assert not (tmp_path / "curves.png").exists()
 
 
-def test_the_loss_curve_passes_over_the_test_rows(runs, tmp_path):
-    plot.training_curves(tmp_path / "loss.png", runs[0])
-    assert read_image(tmp_path / "loss.png").dtype == torch.uint8
-
-
 def test_a_line_that_a_kill_cut_short_is_passed_over(tmp_path):
     trained(tmp_path / "run", level=4)
     log_file = tmp_path / "run/level-4/metrics.jsonl"
@@ -71,3 +56,17 @@ def test_a_missing_configuration_is_named(tmp_path):
         compare.compare([tmp_path / "run"])
     with pytest.raises(UserError, match="at least one"):
         compare.compare([])
+
+
+def test_runs_are_called_by_their_folders_unless_two_share_a_name(runs, tmp_path):
+    other = shutil.copytree(runs[0], tmp_path / "a")
+    assert compare.labels(runs) == ["a", "b"]
+    assert compare.labels([runs[0], runs[0], runs[1]]) == ["a", "a", "b"]
+    assert compare.labels([*runs, other]) == [str(runs[0]), "b", str(other)]
+    text = compare.table(compare.compare([*runs, other]))
+    assert text.count(f"| {runs[0]} |") == text.count(f"| {other} |") == text.count("| b |") == 2
+
+
+def test_the_folder_one_stands_in_has_a_name(runs, monkeypatch):
+    monkeypatch.chdir(runs[1])
+    assert compare.labels([Path()]) == ["b"]

@@ -1,0 +1,113 @@
+"""The program `mrcnf`: its commands, its arguments, one line for a mistake, its exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import io
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import tyro
+
+from mrcnf.cli.looking import check, compare, info
+from mrcnf.cli.training import assemble, demo, extend, train
+from mrcnf.cli.using import evaluate, sample, upscale
+from mrcnf.errors import TrainingError, UserError, out_of_memory
+from mrcnf.flows.solve import SolverError
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    function.__name__: function
+    for function in (
+        demo, train, extend, assemble, evaluate, sample, upscale, info, compare, check,
+    )
+}  # fmt: skip
+"""By name, in the order of `mrcnf --help`. Each reads its arguments, calls the library, and
+prints what came back."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line: exit status 0, 2 for the user's mistakes, 1 for anything else."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        parse(arguments)()
+    except UserError as error:
+        _fail(str(error), 2)
+    except (SolverError, TrainingError) as error:
+        _fail(str(error), 1)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        advice = "halve the batch (train.batch, --batch, --n), or double train.micro_batches"
+        _fail(f"out of memory: {advice} ({str(error).splitlines()[0]})", 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 1)
+
+
+def parse(arguments: list[str]) -> Callable[[], None]:
+    """The call that the arguments ask for; what tyro says of mistakes becomes one line."""
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
+        raise UserError(f"there is no command {arguments[0]!r}; {hint}")
+    arguments, said = gather_overrides(arguments), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return _parser().cli(
+                prog="mrcnf",
+                description="Multi-resolution continuous normalizing flows.",
+                args=arguments,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        lines = [line.strip(" │╭╮╰╯─") for line in said.getvalue().splitlines()]
+        words = " ".join(line for line in lines[1:] if line.strip("-"))
+        what = re.split(" (?:For full|Argument) helptext", words)[0]
+        raise UserError(f"{what.rstrip('.')}; see mrcnf --help") from None
+
+
+def gather_overrides(arguments: list[str]) -> list[str]:
+    """Move `section.key=value`, `--section.key=value` and `--section.key value` behind one flag.
+
+    Section names contain no slash and no capital, so paths such as ./a.png are left alone.
+    """
+    rest, overrides = [], []
+    pending = iter(arguments)
+    for argument in pending:
+        if re.fullmatch(r"(--)?[a-z_]+(\.[a-z0-9_-]+)+=.*", argument, flags=re.DOTALL):
+            overrides.append(argument.removeprefix("--"))
+        elif re.fullmatch(r"--[a-z_]+(\.[a-z0-9_-]+)+", argument):
+            value = next(pending, None)
+            if value is None:
+                raise UserError(f"{argument} needs a value")
+            overrides.append(f"{argument.removeprefix('--')}={value}")
+        else:
+            rest.append(argument)
+    return [*rest, "--overrides", *overrides] if overrides else rest
+
+
+def _parser() -> tyro.extras.SubcommandApp:
+    app = tyro.extras.SubcommandApp()
+    for function in COMMANDS.values():
+        app.command(_deferred(function))
+    return app
+
+
+def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """Parsing a command's arguments returns the call, to be made outside of tyro."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Callable[[], None]:
+        return functools.partial(function, *arguments, **options)
+
+    return call
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f"mrcnf: {message}", file=sys.stderr)
+    raise SystemExit(status)

@@ -1,0 +1,98 @@
+"""The commands that make a model: demo, train, extend, assemble."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tyro
+
+from mrcnf import demo as demonstration
+from mrcnf.cli.common import Overrides, Paths, Run, speaks
+from mrcnf.errors import UserError
+from mrcnf.runs import assemble as assembling
+from mrcnf.runs import config as configuration
+from mrcnf.runs.extend import extended_config
+from mrcnf.training import levels as training
+
+
+def demo(
+    out: Path = Path("runs/demo"), resume: bool = False, overrides: Overrides = ()
+) -> None:
+    """Train three levels on embedded photographs, evaluate, draw samples, write a report.
+
+    Args:
+        out: run folder to make.
+        resume: go on from the run folder's checkpoints.
+        overrides: settings to change, section.key=value.
+    """
+    print(demonstration.run(out, overrides, resume=resume))
+
+
+def train(
+    config: tyro.conf.Positional[Path],
+    level: int = 0,
+    out: Path | None = None,
+    resume: bool = False,
+    joint: bool = False,
+    dry_run: bool = False,
+    overrides: Overrides = (),
+) -> None:
+    """Train one level of a configuration, or all of them one after another.
+
+    Args:
+        config: a TOML file, see experiments/.
+        level: resolution of the level to train; 0 trains all.
+        out: run folder; runs/NAME by default.
+        resume: go on from the run folder's checkpoints.
+        joint: train all levels side by side, a step of each in turn.
+        dry_run: print the resolved configuration and stop.
+        overrides: settings to change, section.key=value.
+    """
+    settings = configuration.load(config, overrides)
+    if dry_run:
+        print(configuration.to_toml(settings.at_level(level) if level else settings), end="")
+        return
+    run = training.train(settings, level or None, out, resume=resume, joint=joint)
+    _say_trained(run, [level] if level else list(settings.model.resolutions))
+
+
+def extend(
+    run: Run,
+    resolution: int,
+    out: Path | None = None,
+    resume: bool = False,
+    overrides: Overrides = (),
+) -> None:
+    """Add the next finest level to a trained model, and train that level alone.
+
+    Args:
+        run: a trained run.
+        resolution: of the new level, twice the finest one's.
+        out: run folder for the larger model (the old levels are copied); RUN by default.
+        resume: go on from the new level's checkpoint.
+        overrides: settings of the new level, section.key=value; the others are the finest level's.
+    """
+    target = out or run
+    settings = extended_config(run, target, resolution, overrides, resume)
+    if target != run:
+        assembling.assemble([run], target, keep=resume)
+    training.train_levels(settings, [resolution], target, resume=resume)
+    _say_trained(target, [resolution])
+
+
+def assemble(runs: Paths, out: Path, half: bool = False) -> None:
+    """Copy levels that were trained in different run folders into one.
+
+    Args:
+        runs: run folders whose levels belong together.
+        out: run folder to make.
+        half: make copies for use only, with float16 weights and nothing to resume from.
+    """
+    if not runs:
+        raise UserError("no levels to assemble; name at least one run folder")
+    print(f"{out}: levels {', '.join(map(str, assembling.assemble(runs, out, half=half)))}")
+
+
+def _say_trained(run: Path, resolutions: list[int]) -> None:
+    if speaks():
+        print(f"{run}: trained level {', '.join(map(str, resolutions))}")
