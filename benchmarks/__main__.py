@@ -63,7 +63,7 @@ def measure(device: str, wanted: list[str], options: argparse.Namespace) -> list
     makers = {
         "ml_step": lambda: steps.ml_rows(work, repeats, quick),
         "fm_step": lambda: steps.fm_rows(work, repeats),
-        "evaluate": lambda: solves.evaluate_rows(work, repeats),
+        "evaluate": lambda: solves.evaluate_rows(work, repeats, quick),
         "sample": lambda: solves.sample_rows(work, repeats),
         "scale": lambda: scaling.scale_rows(device, 1 if quick else 3, quick),
     }

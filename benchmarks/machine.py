@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import Work, wait
-from mrcnf.flows.velocity import PaperField
+from mrcnf.flows.continuous import ContinuousFlow
+from mrcnf.flows.paper_field import PaperField
 from mrcnf.model.level import Level
 
 
@@ -30,11 +31,13 @@ def bare(
     dtype: torch.dtype = torch.float32,
 ) -> Work:
     """One hidden convolution of the level, forward and backward, with nothing around it."""
-    field = level.flow.fields[0]
+    assert isinstance(level.flow, ContinuousFlow)
+    field = next(iter(level.flow))
     assert isinstance(field, PaperField) and isinstance(field.layers[1], nn.Conv2d)
     weight = field.layers[1].weight[:, 1:].detach().to(dtype)
     weight = weight.contiguous(memory_format=memory_format).requires_grad_()
-    shape = (batch, weight.shape[1], *level.shape[1:])
+    _, *positions = level.latent_shape(level.model.finest, level.model.finest)
+    shape = (batch, weight.shape[1], *positions)
     x = torch.randn(shape, device=weight.device).to(dtype)
     x = x.contiguous(memory_format=memory_format).requires_grad_()
 

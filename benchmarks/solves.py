@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.steps import Row, _nfe
+from benchmarks.steps import Row, _nfe, compiles
 from benchmarks.timing import Work, alternate, compare, peak_bytes
 from benchmarks.workload import Workload
 from mrcnf.flows.solve import Solver, Statistics
@@ -52,27 +52,26 @@ def double(model: MultiResolutionFlow) -> MultiResolutionFlow:
 def _bits(level: Level, x: Tensor, solver: Solver) -> tuple[Tensor, Statistics]:
     generator = torch.Generator(x.device).manual_seed(2)
     result = level.log_prob(x, solver=solver, trace=Trace(), generator=generator)
-    return bits_per_dim(result.log_prob, level.dims), result.statistics
+    return bits_per_dim(result.log_prob, result.dims), result.statistics
 
 
 @torch.no_grad()
-def evaluate_rows(work: Workload, repeats: int) -> list[Row]:
+def evaluate_rows(work: Workload, repeats: int, quick: bool) -> list[Row]:
     """Density of a batch, all levels, each with the cheapest solver that is right to 1e-3."""
     x, _ = work.take(work.batch)
     exact = double(work.model)
     chosen: dict[int, Solver] = {}
-    truths, worst = {}, {}
+    truths = {}
     for level in work.model:
         truths[level.resolution], _ = _bits(exact.level(level.resolution), x.double(), TIGHT)
         for solver in candidates(value_only=False):
-            error = _worst(_bits(level, x, solver)[0], truths[level.resolution])
-            if error <= ALLOWED:
+            if _worst(_bits(level, x, solver)[0], truths[level.resolution]) <= ALLOWED:
                 break
-        chosen[level.resolution], worst[level.resolution] = solver, error
+        chosen[level.resolution] = solver
 
-    def ours(half: bool = False) -> dict[int, Tensor]:
+    def ours(half: bool = False, model: MultiResolutionFlow = work.model) -> dict[int, Tensor]:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
-            return {a.resolution: _bits(a, x, chosen[a.resolution])[0] for a in work.model}
+            return {a.resolution: _bits(a, x, chosen[a.resolution])[0] for a in model}
 
     def theirs() -> dict[int, int]:
         generator = torch.Generator(x.device).manual_seed(2)
@@ -81,15 +80,20 @@ def evaluate_rows(work: Workload, repeats: int) -> list[Row]:
             for a in work.model
         }
 
-    works: dict[str, Work] = {
-        "reference": theirs,
+    answers: dict[str, Callable[[], dict[int, Tensor]]] = {
         "float32": ours,
-        "bfloat16": lambda: ours(True),
+        "bfloat16": partial(ours, True),
     }
+    if compiles(work.device, quick):
+        fast = copy.deepcopy(work.model)
+        for level in fast:
+            level.compile()
+        answers["float32, compiled"] = partial(ours, model=fast)
+    works: dict[str, Work] = {"reference": theirs, **answers}
     seconds = alternate(works, work.device, repeats)
-    halved = {r: _worst(found, truths[r]) for r, found in ours(True).items()}
     rows: list[Row] = []
-    for name, errors in (("float32", worst), ("bfloat16", halved)):
+    for name, answer in answers.items():
+        errors = {r: _worst(found, truths[r]) for r, found in answer().items()}
         within = max(errors.values()) <= ALLOWED
         rows.append(
             {
@@ -119,7 +123,9 @@ def sample_rows(work: Workload, repeats: int) -> list[Row]:
     """Sampling with the cheapest solvers whose end points are no worse than the published ones."""
     generator = torch.Generator().manual_seed(3)
     latents = {
-        level.resolution: torch.randn(work.batch, *level.shape, generator=generator).to(work.device)
+        level.resolution: torch.randn(
+            work.batch, *level.latent_shape(*work.x.shape[2:]), generator=generator
+        ).to(work.device)
         for level in work.model
     }
     exact = _grow(double(work.model), {r: z.double() for r, z in latents.items()}, TIGHT)

@@ -17,7 +17,6 @@ from benchmarks.timing import Work, alternate, compare, peak_bytes
 from benchmarks.workload import Workload, one_block
 from mrcnf.flows.solve import Solver
 from mrcnf.flows.trace import Trace
-from mrcnf.flows.velocity import PaperField
 from mrcnf.measure import reference
 from mrcnf.model.level import Level
 from mrcnf.training import objectives
@@ -198,12 +197,10 @@ def _switches(work: Workload, repeats: int, quick: bool) -> list[Row]:
             likelihood_step(level, x, log_q, MAIN)
 
     works["bfloat16"], models["bfloat16"] = half, level
-    if quick:
-        skipped["compile"] = "not part of --quick"
-    elif work.device.type == "cpu" and not (shutil.which("g++") or shutil.which("c++")):
-        skipped["compile"] = "no C++ compiler"
-    else:
+    if compiles(work.device, quick):
         _try("compile", _compiled, level, x, log_q, works, models, skipped)
+    else:
+        skipped["compile"] = "no C++ compiler, or --quick"
     if work.device.type == "cuda":
         fast = "compile, bfloat16, CUDA graph"
         _try("CUDA graph", _captured, level, x, log_q, works, models, skipped)
@@ -228,6 +225,11 @@ def _switches(work: Workload, repeats: int, quick: bool) -> list[Row]:
     if skipped:
         rows[0]["skipped"] = skipped
     return rows
+
+
+def compiles(device: torch.device, quick: bool) -> bool:
+    """Whether rows of torch.compile are measured: it takes minutes, and on a CPU a compiler."""
+    return not quick and (device.type != "cpu" or bool(shutil.which("g++") or shutil.which("c++")))
 
 
 Maker = Callable[[Level, Tensor, Tensor], tuple[Level, Work]]
@@ -257,11 +259,8 @@ def _compiled(
     level: Level, x: Tensor, log_q: Tensor, backend: str = "inductor"
 ) -> tuple[Level, Work]:
     fast = copy.deepcopy(level)
-    for field in fast.flow.fields:
-        assert isinstance(field, PaperField)
-        # Whole or not at all: a silent return to eager would be measured as a gain of nothing.
-        whole = torch.compile(field.run, dynamic=False, fullgraph=True, backend=backend)
-        setattr(field, "run", whole)  # noqa: B010
+    # Whole or not at all: a silent return to eager would be measured as a gain of nothing.
+    fast.compile(fullgraph=True, backend=backend)
     return fast, lambda: likelihood_step(fast, x, log_q, MAIN)
 
 

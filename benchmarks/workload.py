@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mrcnf.errors import UserError
-from mrcnf.flows.velocity import PaperField
+from mrcnf.flows.continuous import ContinuousFlow
+from mrcnf.flows.paper_field import PaperField
 from mrcnf.image.noise import dequantise
 from mrcnf.model.level import Level
 from mrcnf.model.model import MultiResolutionFlow
@@ -41,13 +42,13 @@ class Workload:
 def images(resolution: int, count: int) -> tuple[Tensor, str]:
     """uint8 (count, 3, R, R), and where they come from."""
     try:
-        from mrcnf.data import datasets as data
+        from mrcnf import data
 
         if resolution == 32:
             with suppress(UserError):  # not on this machine
                 return data.load("cifar10", limit=count).pixels, "cifar10, first images of train"
         grey = data.load("photos", resolution=resolution).pixels[:, 0]
-    except ImportError:  # a bare machine: no PyWavelets, no Pillow
+    except (ImportError, UserError):  # a bare machine: no Pillow, no PyWavelets
         return _clouds(resolution, count), "synthetic: random waves, 1/f spectrum"
     grey = grey[torch.arange(count) % len(grey)]
     shifted = [grey.roll(shift, -1) for shift in (0, 1, -1)]
@@ -103,8 +104,7 @@ def awaken(level: Level) -> None:
 
     Hidden weights keep the size of signals through softplus, biases take off its mean.
     """
-    for field in level.flow.fields:
-        assert isinstance(field, PaperField)
+    for field in _fields(level):
         for i, layer in enumerate(field.layers):
             assert isinstance(layer, nn.Conv2d) and layer.bias is not None
             weight = layer.weight[:, 1:]
@@ -115,18 +115,18 @@ def awaken(level: Level) -> None:
 
 def train(level: Level, x: Tensor, steps: int, batch: int = 16) -> None:
     """Flow matching of several blocks: each takes its share of the straight path to noise."""
-    blocks = len(level.flow.fields)
+    fields = _fields(level)
     optimiser = torch.optim.Adam(level.parameters(), 2e-3)
     for _ in range(steps):
         values, coarse = level.coefficients(x[torch.randint(len(x), (batch,)).to(x.device)])
         y, _ = level.standardise(values)
         z = torch.randn(y.shape).to(y)
         loss = y.new_zeros(())
-        for i, field in enumerate(level.flow.fields):
+        for i, field in enumerate(fields):
             t = torch.rand(batch).to(y)
-            at = ((i + t) / blocks)[:, None, None, None]
+            at = ((i + t) / len(fields))[:, None, None, None]
             predicted = field(t, torch.lerp(y, z, at), level.condition(coarse))
-            loss = loss + (predicted - (z - y) / blocks).square().mean()
+            loss = loss + (predicted - (z - y) / len(fields)).square().mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -136,6 +136,11 @@ def train(level: Level, x: Tensor, steps: int, batch: int = 16) -> None:
 def one_block(level: Level) -> Level:
     """The same level with its first block alone."""
     single = copy.deepcopy(level)
-    single.flow.fields = nn.ModuleList([single.flow.fields[0]])
+    single.flow = ContinuousFlow(_fields(single)[:1], level.flow.name)
     single.field = replace(single.field, blocks=1)
     return single
+
+
+def _fields(level: Level) -> list[PaperField]:
+    assert isinstance(level.flow, ContinuousFlow)
+    return [field for field in level.flow if isinstance(field, PaperField)]

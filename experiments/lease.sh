@@ -3,6 +3,7 @@
 # some minutes; stop with checkpoints; evaluate when all are done. Repeat until it is.
 #   sh experiments/lease.sh DIR MINUTES [RECIPE] [section.key=value...]
 # DIR holds the published files; runs go to ./runs, or to $RUNS; what is worth keeping to $OUT.
+# Where pip reaches no index, carry wheels of tyro, docstring-parser, typeguard and tomli-w.
 set -eu
 data=$1; minutes=$2; shift 2
 recipe=experiments/cifar10-flow-matching.toml
