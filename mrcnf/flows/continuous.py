@@ -118,14 +118,15 @@ class ContinuousFlow(Flow):
                 f"{self.name}: adaptive steps depend on the images, which a codec does not know "
                 "yet; set solver steps > 0"
             )
+        trace, points, steps = trace or Trace(), time_grid(solver, 0.0, 1.0), list[Step]()
         for field in self:
             velocity = Conditioned(field, condition)
-            points = time_grid(solver, 0.0, 1.0)
             for t, h in zip(points[:-1], points.diff(), strict=True):
-                yield ShortSolve(
-                    velocity, solver.method, t, h, trace or Trace(), seed, tolerance, self.name
+                own = seed + len(steps)
+                steps.append(
+                    ShortSolve(velocity, solver.method, t, h, trace, own, tolerance, self.name)
                 )
-                seed += 1
+        return iter(steps)
 
     def velocity(self, t: Tensor, y: Tensor, condition: Tensor | None = None) -> Tensor:
         self.check_velocity()

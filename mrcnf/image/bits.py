@@ -15,6 +15,7 @@ def log_prob_of_integers(log_density: Tensor, log_q: Tensor, dims: int, nbits: i
 def bits_per_dim(log_prob: Tensor, dims: int) -> Tensor:
     """Nats per image (log P of the integer image) to bits per dimension.
 
+    >>> import torch
     >>> bits_per_dim(torch.tensor(-2 * math.log(256.0)), dims=2).item()
     8.0
     """
