@@ -15,6 +15,8 @@ def write(path: Path, data: bytes | str) -> None:
     Raises:
         UserError: it cannot be written; then what was there before still is.
     """
+    if not path.name or path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file in it")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

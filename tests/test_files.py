@@ -1,6 +1,7 @@
 """Files are written whole or not at all."""
 
 import os
+from pathlib import Path
 
 import pytest
 from tiny import files
@@ -30,3 +31,9 @@ def test_a_folder_below_a_file_cannot_be_made(tmp_path):
     with pytest.raises(UserError, match="choose another place") as error:
         writing.write(path, "new")
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_is_no_file(tmp_path):
+    for path in (tmp_path, Path(".")):
+        with pytest.raises(UserError, match="is a folder; name a file"):
+            writing.write(path, "x")

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import functools
 import io
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -45,6 +46,11 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(f"out of memory: {advice} ({str(error).splitlines()[0]})", 1)
     except KeyboardInterrupt:
         _fail("interrupted", 1)
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except OSError as error:
+        _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
 
 
 def parse(arguments: list[str]) -> Callable[[], None]:

@@ -74,9 +74,12 @@ def extend(
     """
     target = out or run
     settings = extended_config(run, target, resolution, overrides, resume)
-    if target != run:
-        assembling.assemble([run], target, keep=resume)
-    training.train_levels(settings, [resolution], target, resume=resume)
+
+    def copy() -> None:
+        if target != run:
+            assembling.assemble([run], target, keep=resume)
+
+    training.train_levels(settings, [resolution], target, resume=resume, ready=copy)
     _say_trained(target, [resolution])
 
 

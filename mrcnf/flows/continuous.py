@@ -118,6 +118,8 @@ class ContinuousFlow(Flow):
                 f"{self.name}: adaptive steps depend on the images, which a codec does not know "
                 "yet; set solver steps > 0"
             )
+        if not 0 < tolerance < math.inf:
+            raise UserError(f"tolerance must be positive and finite, got {tolerance}")
         trace, points, steps = trace or Trace(), time_grid(solver, 0.0, 1.0), list[Step]()
         for field in self:
             velocity = Conditioned(field, condition)

@@ -109,6 +109,10 @@ def evaluate(
         UserError: fewer than 2 images, or not such as the model is of; no compiler.
     """
     levels = list(levels)
+    if min(batch, draws) < 1 or limit < 0:
+        raise UserError(
+            f"batch {batch} and draws {draws} must be at least 1, and limit {limit} at least 0"
+        )
     if isinstance(images, Tensor):
         images = Images(images, "a tensor", "")
     check_images(images.pixels, levels[0].model.channels)

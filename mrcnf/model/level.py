@@ -254,7 +254,7 @@ class Level(nn.Module):
         The noise's log_q and the volume of the pixel cells are shared out by dimension, so the
         levels' bounds add up to `bits.log_prob_of_integers` of the whole.
         """
-        share = result.dims / x[0].numel()
+        share = result.dims / x.shape[1:].numel()
         return log_prob_of_integers(
             result.log_prob, share * log_q, result.dims, self.model.nbits
         )
@@ -287,7 +287,7 @@ def check_size(levels: Iterable[Level], size: Sequence[int], remedy: str = "") -
     unit, finest = max(level.multiple for level in levels), levels[0].model.finest
     if height < 1 or width < 1 or height % unit or width % unit:
         raise UserError(
-            f"images of {height}×{width}: this model's have sides that are multiples of "
+            f"images of {height}×{width}: this model's have sides that are positive multiples of "
             f"{unit}{remedy}"
         )
     tied = [level.resolution for level in levels if level.flow.tied_to_size]

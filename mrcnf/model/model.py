@@ -157,7 +157,7 @@ class MultiResolutionFlow(nn.Module):
             solver=solver,
             trace=trace,
         )
-        return bits_per_dim(log_prob, images[0].numel())
+        return bits_per_dim(log_prob, images.shape[1:].numel())
 
     @torch.no_grad()
     def sample(
@@ -176,6 +176,8 @@ class MultiResolutionFlow(nn.Module):
             temperature: standard deviation of the latent noise, for all levels or by level.
         """
         size = size or (self.config.finest, self.config.finest)
+        if n < 0 or len(size) != 2:
+            raise UserError(f"cannot draw {n} images of size {size}; give a number and (H, W)")
         check_size(self, size)
         return self._quantise(self._grow(self, n, size, None, temperature, generator, solver)[-1])
 
@@ -212,7 +214,7 @@ class MultiResolutionFlow(nn.Module):
                 f"{h}×{w} images have the size of none of the levels {list(self.resolutions)}: "
                 f"say at which level's scale they are, e.g. level={self.resolutions[0]}"
             )
-        start = self.level(level or h)
+        start = self.level(h if level is None else level)
         factor = self.config.finest // start.resolution
         above = self._above(start.resolution)
         if not above:
@@ -256,6 +258,11 @@ class MultiResolutionFlow(nn.Module):
         solver: Solver | None = None,
     ) -> Tensor:
         """Spherical interpolation between latents: uint8 (steps, N, C, H, W), ends included."""
+        if first.shape != second.shape or steps < 1:
+            raise UserError(
+                f"cannot interpolate between images of {tuple(first.shape)} and "
+                f"{tuple(second.shape)} in {steps} steps: they must be alike, the steps at least 1"
+            )
         a = self.encode(first, generator=generator, solver=solver)
         b = self.encode(second, generator=generator, solver=solver)
         angles = torch.linspace(0, math.pi / 2, steps).tolist()
@@ -295,12 +302,13 @@ class MultiResolutionFlow(nn.Module):
         They grow on the coarse images x, whose details are contained, or from nothing.
         """
         contain, images = x is not None, []
+        if not isinstance(temperature, Mapping):
+            temperature = dict.fromkeys(self.resolutions, temperature)
+        for resolution, value in temperature.items():
+            if self.level(resolution) and not 0 <= value < math.inf:
+                raise UserError(f"temperature must be 0 or more, and finite; got {value}")
         for level in levels:
-            scale = temperature
-            if isinstance(scale, Mapping):
-                scale = scale.get(level.resolution, 1.0)
-            if not 0 <= scale < math.inf:
-                raise UserError(f"temperature must be 0 or more, and finite; got {scale}")
+            scale = temperature.get(level.resolution, 1.0)
             shape = (n, *level.latent_shape(*size))
             noise = torch.randn(shape, generator=generator, device=self.device, dtype=level.dtype)
             finer = level.generate(scale * noise, x, solver)

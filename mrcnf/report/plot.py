@@ -163,6 +163,8 @@ def _pyplot():  # type: ignore[no-untyped-def]
 
 
 def _save(figure, path: Path) -> None:  # type: ignore[no-untyped-def]
+    if path.suffix.lower() != ".png":
+        raise UserError(f"{path}: figures are written as PNG; end the name in .png")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     _pyplot().close(figure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -151,7 +152,7 @@ def _refuse_clashes(paths: Sequence[Path], out: Path, draws: int) -> None:
 
 
 def _folded(path: Path) -> Path:
-    return Path(str(path.resolve()).casefold())
+    return Path(os.path.realpath(path).casefold())
 
 
 def _draw(path: Path, k: int) -> str:

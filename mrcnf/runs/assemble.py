@@ -53,6 +53,7 @@ def assemble(
 def _copy(folder: Path, target: Path, halved: dict[str, Tensor] | None) -> None:
     """A level's folder, whole or not at all; with other weights and for use if there are any."""
     part = target.with_name(f".{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a copy that was killed
     try:
         shutil.copytree(folder, part, ignore=None if halved is None else _all_but_notes)
         if halved is not None:

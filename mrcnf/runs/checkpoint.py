@@ -77,7 +77,7 @@ def find_levels(run: Path | str) -> dict[int, Path]:
         )
     found = {}
     for folder in run.iterdir():
-        match = re.fullmatch(r"level-(\d+)", folder.name)
+        match = re.fullmatch(r"level-([1-9][0-9]*)", folder.name)
         if match and (folder / WEIGHTS).is_file():
             found[int(match[1])] = folder
     if not found:
@@ -159,6 +159,8 @@ def _read_level(path: Path) -> tuple[Origin, dict[str, Tensor], dict[str, Any]]:
     tensors, metadata = read_tensors(path)
     if missing := {"resolution", "model", "field", "solver", "trace"} - metadata.keys():
         raise UserError(f"{path} does not hold a level: it lacks {', '.join(sorted(missing))}")
+    if path.parent.name != f"level-{metadata['resolution']}":
+        raise UserError(f"{path} holds a level {metadata['resolution']}; rename its folder back")
     return Origin.of(path, metadata), tensors, metadata
 
 

@@ -52,6 +52,10 @@ class Config:
     level: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Tables by resolution that replace entries of the sections above."""
 
+    def __post_init__(self) -> None:
+        if not self.name.strip(". ") or "/" in self.name:
+            raise UserError(f"name {self.name!r} names no folder; choose another")
+
     def at_level(self, resolution: int) -> Config:
         """The configuration of one level: its own table merged in, other levels' left out.
 
@@ -81,7 +85,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"no configuration at {path}; see experiments/ for some") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read configuration {path}: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
     table.setdefault("name", path.stem)
     return from_table(override(table, overrides), str(path))
@@ -99,7 +103,7 @@ def override(table: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any
             raise UserError(f"{assignment!r} is not of the form section.key=value")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             value = text  # a bare word is a string
         for part in reversed(key.lstrip("-").split(".")):
             value = {part: value}
@@ -119,7 +123,7 @@ def from_table(table: dict[str, Any], where: str = "configuration") -> Config:
     """
     config = _build(Config, table, where, "")
     for resolution, own in config.level.items():
-        if not str(resolution).isdigit() or int(resolution) not in config.model.resolutions:
+        if resolution not in map(str, config.model.resolutions):
             raise UserError(
                 f"{where}: [level.{resolution}] is not one of model.resolutions "
                 f"{list(config.model.resolutions)}"
@@ -127,7 +131,7 @@ def from_table(table: dict[str, Any], where: str = "configuration") -> Config:
         here = f"{where}, [level.{resolution}]"
         if not isinstance(own, dict):
             raise UserError(f"{here} must be a table of sections, got {own!r}")
-        if common := {"name", "model", "level"} & set(own):
+        if common := {"name", "data", "model", "level"} & set(own):
             raise UserError(f"{here}: {min(common)} is common to all levels; set it above")
         base = {k: v for k, v in to_table(config).items() if k != "level"}
         _build(Config, _merge(base, own), here, "")
@@ -145,7 +149,7 @@ def changed(section: Any, changes: dict[str, Any], name: str) -> Any:
 
 def to_table(config: Any) -> dict[str, Any]:
     """Nested plain tables, lists and values."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 def to_toml(config: Config) -> str:
@@ -207,6 +211,8 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise UserError(f"{where} must be a table, got {value!r}")
         return value
+    if type(value) is int and abs(value) >= 2**63:
+        raise UserError(f"{where} is too large a number")
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

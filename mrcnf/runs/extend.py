@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from mrcnf.errors import UserError
 from mrcnf.runs import config
-from mrcnf.runs.agreement import Origin, check_finest
+from mrcnf.runs.agreement import SHARED, Origin, check_finest
 from mrcnf.runs.checkpoint import CONFIG, describe, find_levels, level_folder, load
 from mrcnf.runs.config import Config
 
@@ -47,4 +48,12 @@ def extended_config(
     # The finest level's starting weights are none for the new level, and other images may have no
     # test split for a curve.
     own = [f"model.resolutions={levels}", "train.init=", "train.evaluate_every=0"]
-    return finest_config(run, [*own, *overrides])
+    settings = finest_config(run, [*own, *overrides])
+    wanted = dataclasses.replace(model, resolutions=(*model.resolutions, resolution))
+    for name in ("resolutions", *SHARED):
+        found, shared = getattr(settings.model, name), getattr(wanted, name)
+        if found != shared and not (name == "channels" and found == 0):
+            raise UserError(
+                f"model.{name} = {found} does not fit the levels of {run}, which have {shared}"
+            )
+    return settings

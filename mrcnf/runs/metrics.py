@@ -34,7 +34,7 @@ class Metrics:
     def rewind(self, step: int) -> None:
         """Keep the lines up to a step: what came after it will be written again."""
         path = self.folder / FILE
-        lines = path.read_text().splitlines() if step and path.exists() else []
+        lines = _lines(path) if step else []
         files.write(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
     def write(self, step: int, row: dict[str, float]) -> None:
@@ -57,18 +57,20 @@ class Metrics:
 
 def read(folder: Path) -> list[dict[str, float]]:
     """The lines of a level's log; none if it has none. A line that a kill cut short is left out."""
-    path = folder / FILE
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if _step_of(line) < math.inf]
+    return [json.loads(line) for line in _lines(folder / FILE) if _step_of(line) < math.inf]
 
 
 def read_curve(folder: Path) -> list[dict[str, float]]:
     """Those lines that have bits/dim on test images."""
-    return [row for row in read(folder) if "test_bpd" in row]
+    return [row for row in read(folder) if {"test_bpd", "seconds"} <= row.keys()]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(errors="replace").splitlines() if path.is_file() else []
 
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return math.inf  # a line that a kill cut short
+        return math.inf  # a line that a kill cut short, or damaged

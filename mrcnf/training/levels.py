@@ -64,10 +64,14 @@ def train_levels(
     resume: bool = False,
     joint: bool = False,
     progress: bool = True,
+    ready: Callable[[], object] = lambda: None,
 ) -> None:
     """Train some levels of a configuration into a run folder; otherwise as `train`.
 
     Levels share neither parameters nor gradients, so `joint` gives the same weights.
+
+    Args:
+        ready: called when nothing is left to refuse, before the first step.
     """
     for resolution in resolutions:  # at once, not when the earlier levels are done
         refuse_used(checkpoint.level_folder(run, resolution), resume)
@@ -86,15 +90,16 @@ def train_levels(
         def pixels_on(device: torch.device) -> Tensor:
             return images.pixels.to(device)
 
-        trainers = (
+        trainers = [
             Trainer(
                 config, resolution, images, run, resume, test,
                 pixels=pixels_on(runtime.choose_device(train.device)),
             )
             for resolution, train in zip(resolutions, own, strict=True)
-        )  # fmt: skip
+        ]  # fmt: skip
+        ready()
         if joint:
-            _in_turn(list(trainers), stop, progress)
+            _in_turn(trainers, stop, progress)
         else:
             for trainer in trainers:
                 trainer.run(progress=progress, stop=stop)
@@ -106,6 +111,8 @@ def train_levels(
 
 
 def _in_turn(trainers: Sequence[Trainer], stop: Callable[[], bool], progress: bool) -> None:
+    for trainer in trainers:
+        trainer.begin()
     total = sum(trainer.steps - trainer.step_number for trainer in trainers)
     quiet = not progress or runtime.rank_and_world()[0] > 0
     with tqdm(total=total, desc="all levels", unit="step", disable=quiet) as bar:

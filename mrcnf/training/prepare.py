@@ -47,5 +47,10 @@ def _refuse_unfit(config: Config, level: Level) -> None:
             f"train.crop {crop} must be a multiple of {level.multiple} and at most {finest} for "
             f"level {level.resolution}"
         )
+    if level.flow.tied_to_size and crop not in (0, finest):
+        raise UserError(
+            f"train.crop {crop}: a field with attention serves at the size alone that it is "
+            "trained on; set train.crop = 0 or field.attention = false"
+        )
     if config.train.objective == "flow-matching":
         level.flow.check_velocity()

@@ -87,14 +87,22 @@ class Trainer:
         self.step_number, self.seconds = 0, 0.0
         if found is not None:
             self.step_number, self.seconds = self.state.restore(found)
-        if self.rank == 0:
-            head = f"# trained on images with sha256 {data}\n"
-            files.write(self.folder / checkpoint.CONFIG, head + to_toml(config))
         self.watch = Watch(
             self.folder, resolution, self.train, self.update,
             None if test is None else test.pixels[: self.train.evaluate_images],
             self.step_number, self.seconds,
         )  # fmt: skip
+        self.begun = False
+
+    def begin(self) -> None:
+        """Write down what is going to be done, once, and where nothing is left to do, nothing."""
+        if self.begun or self.finished:
+            return
+        self.begun = True
+        if self.rank == 0:
+            head = f"# trained on images with sha256 {self.state.data}\n"
+            files.write(self.folder / checkpoint.CONFIG, head + to_toml(self.config))
+            self.watch.begin(self.step_number)
 
     def _check_processes(self) -> None:
         if self.train.micro_batches % self.world:
@@ -107,6 +115,7 @@ class Trainer:
 
     def run(self, *, progress: bool = True, stop: Callable[[], bool] = lambda: False) -> None:
         """Train to the last step or until `stop()`, and leave a checkpoint."""
+        self.begin()
         bar = tqdm(
             total=None if self.train.minutes else self.train.steps,
             initial=self.step_number,
@@ -150,6 +159,7 @@ class Trainer:
 
     def step(self) -> dict[str, Tensor]:
         """One optimiser step; returns detached scalars on the device."""
+        self.begin()
         self.update.optimizer.zero_grad()
         losses = self._gradients()
         norm = self.update.apply(self.step_number, self.learning_rate)

@@ -24,7 +24,7 @@ class Watch:
         train: how it is trained.
         update: its weights and their average.
         test: uint8 test images (N, C, H, W) for the curve, if there is to be one.
-        step, seconds: done already; lines from beyond that, of a killed run, are dropped.
+        step, seconds: done already.
     """
 
     def __init__(
@@ -41,9 +41,12 @@ class Watch:
         self.rank, self.world = runtime.rank_and_world()
         self.logged = (step, seconds)  # of the last line
         self.last_failure = ""  # of a solve, for messages
-        if self.rank == 0:
-            self.metrics = Metrics(folder, train.tensorboard)
-            self.metrics.rewind(step)
+        self.folder = folder
+
+    def begin(self, step: int) -> None:
+        """Open the log; lines from beyond a step, of a killed run, are dropped."""
+        self.metrics = Metrics(self.folder, self.train.tensorboard)
+        self.metrics.rewind(step)
 
     def log(
         self, values: dict[str, float], step: int, seconds: float, learning_rate: float

@@ -1,6 +1,9 @@
 """The program: its commands, its arguments, one clear line for every mistake, exit statuses."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -167,3 +170,15 @@ def test_other_failures_have_a_status_of_their_own(made, capsys, monkeypatch, er
     with pytest.raises(SystemExit) as stop:
         cli.main(["sample", str(made.run)])
     assert stop.value.code == status and words in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_traceback(made):
+    """As in `mrcnf info RUN | head -0`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "mrcnf", "info", str(made.run)],
+        stdout=writing, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")

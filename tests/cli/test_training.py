@@ -106,3 +106,10 @@ def test_assembling_half_copies(made, tmp_path, capsys):
     before = files(half)
     said = refused(capsys, "train", made.config, "--out", half, "--resume", "train.steps=6")
     assert "no state to resume from" in said and files(half) == before
+
+
+@pytest.mark.parametrize("mistake", ["data.name=npz:nothere", "train.crop=3", "train.device=mps"])
+def test_growing_copies_nothing_before_all_is_right(made, tmp_path, capsys, mistake):
+    out = tmp_path / "grown"
+    refused(capsys, "extend", made.run, "--resolution", 8, "--out", out, mistake)
+    assert not out.exists()

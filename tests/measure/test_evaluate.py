@@ -248,3 +248,9 @@ def test_images_of_another_size_are_evaluated_as_the_model_does(model):
     generator = torch.Generator().manual_seed(2 * 1_000_003)
     expected = model.bits_per_dim(larger, generator=generator).mean()
     assert found.bpd == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [{"draws": 0}, {"batch": 0}, {"limit": -1}, {"draws": -1}])
+def test_numbers_of_nothing_are_refused(model, wrong):
+    with pytest.raises(UserError, match=r"at least 1.*at least 0"):
+        evaluate.evaluate(model, images(), **wrong)

@@ -229,3 +229,23 @@ def test_levels_refuse_coefficients_of_other_channels():
             x = torch.rand(2, other, 4, 4, dtype=torch.float64)
             with pytest.raises(UserError, match="channel"):
                 level.log_prob(x)
+
+
+def test_a_level_of_nought_is_no_level():
+    with pytest.raises(UserError, match="no level 0"):
+        build().upscale(images(1, (4, 8)), level=0)
+
+
+def test_temperatures_are_of_levels_that_there_are():
+    with pytest.raises(UserError, match="no level 16"):
+        build().sample(1, temperature={16: 0.5})
+
+
+@pytest.mark.parametrize("other", [(2, (8, 8)), (1, (4, 4))])
+def test_images_that_differ_are_not_interpolated(other):
+    with pytest.raises(UserError, match="must be alike"):
+        build().interpolate(images(2, (4, 4)), images(*other))
+
+
+def test_no_images_have_no_likelihoods():
+    assert build().bits_per_dim(images(0, (4, 4))).shape == (0,)

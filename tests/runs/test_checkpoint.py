@@ -104,3 +104,9 @@ def test_what_a_run_lacks_is_noted(finished, tmp_path):
         "level 2 is at step 1 of 9",
         "level 4 is not trained yet",
     ]
+
+
+def test_a_level_in_the_folder_of_another_is_refused(run):
+    shutil.move(run / "level-4", run / "level-8")
+    path = run / "level-8" / checkpoint.WEIGHTS
+    assert "holds a level 4" in refused(path, lambda: mrcnf.load(run))

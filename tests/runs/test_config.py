@@ -27,7 +27,7 @@ def write(folder, text, name="some.toml"):
         Config(train=TrainConfig(clip=math.inf, learning_rate=1e-7)),
         tiny("level.4.train.steps=9", "level.2.solver.method=rk4", "data.name=npz:/a b/c"),
         tiny("model.resolutions=[16,32,64,128]", "data.download=true"),
-        tiny("level.4.train.skip_above=inf", "level.4.data.root=größe", "level.2.trace.probes=2"),
+        tiny("level.4.train.skip_above=inf", "data.root=größe", "level.2.trace.probes=2"),
         Config(name="two\nlines\tand \x00", data=DataConfig(root="''' # = [x]")),
     ],
 )
@@ -182,3 +182,24 @@ def test_every_experiment_resolves(path):
 
 def test_there_are_experiments():
     assert EXPERIMENTS
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ("[level.4.data]\nname = 'npz:other'", "data is common to all levels"),
+        ("[level.04.train]\nsteps = 7", r"level\.04.*not one of"),
+        ("[level.4.train]\nsteps = 1979-05-27", "steps must be a whole number"),
+        ("[train]\nsteps = 99999999999999999999", "train.steps is too large"),
+        ("name = '../elsewhere'", "names no folder"),
+        ("name = ''", "names no folder"),
+        ("x = " + "[" * 5000, "not valid TOML"),
+        ("x = " + "9" * 5000, "not valid TOML"),
+    ],
+)
+def test_strange_files_are_one_line(tmp_path, table, words):
+    path = tmp_path / "strange.toml"
+    path.write_text(f"{table}\n[model]\nresolutions = [2, 4]\n")
+    with pytest.raises(UserError, match=words) as error:
+        config.load(path)
+    assert "\n" not in str(error.value)

@@ -45,3 +45,12 @@ def test_learned_noise_is_the_finest_levels_and_hinders_no_growth(tmp_path):
     assert model.config.dequantisation == "variational"
     assert model.bits_per_dim(images(side=8).pixels[:2]).isfinite().all()
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.parametrize(
+    "change", ["model.nbits=4", "model.base=logit", "model.resolutions=[2,4,8,16]"]
+)
+def test_what_all_levels_share_cannot_be_changed_for_a_new_one(finished, change):
+    name = change.partition("=")[0]
+    with pytest.raises(UserError, match=rf"{name}.*does not fit the levels of"):
+        extended_config(finished, finished, 8, [change])

@@ -113,3 +113,18 @@ def test_a_level_that_is_none_is_refused(recipe_file, tmp_path):
     with pytest.raises(UserError, match="there is no level 3"):
         train(recipe_file, 3, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        ("level.4.field.scales=9", "halved"),
+        ("level.4.train.crop=3", "train.crop 3"),
+        ("level.4.train.device=mps", "unknown device"),
+    ],
+)
+def test_a_mistake_in_a_later_level_is_found_before_the_first_is_trained(tmp_path, mistake, words):
+    data = write_npz(tmp_path / "data")
+    with pytest.raises(UserError, match=words):
+        train_levels(tiny(f"data.name={data}", mistake), [2, 4], tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()

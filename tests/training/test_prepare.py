@@ -53,3 +53,10 @@ def test_a_level_begins_standardised_and_the_same_each_time():
     y, *_ = level.prepare((images().pixels + 0.5) / 256)
     assert y.mean((0, 2, 3)).abs().max() < 0.1
     torch.testing.assert_close(y.std((0, 2, 3)), torch.ones(3), rtol=0.1, atol=0)
+
+
+def test_attention_is_not_trained_on_crops(tmp_path):
+    """It would serve at another size than it was trained on."""
+    with pytest.raises(UserError, match=r"train\.crop 2.*attention"):
+        trainer_of(tmp_path / "run", "field.attention=true", "train.crop=2")
+    assert not (tmp_path / "run").exists()

@@ -146,8 +146,17 @@ def test_a_log_line_cut_short_is_dropped(tmp_path):
     log = run / "level-4" / "metrics.jsonl"
     whole = log.read_text()
     log.write_text(whole + '{"step": 5, "lo')
-    trained(run, level=4, resume=True)
-    assert log.read_text() == whole
+    trained(run, "train.steps=5", level=4, resume=True)
+    assert log.read_text().startswith(whole)
+    assert [row["step"] for row in metrics(run, 4)] == [1, 2, 3, 4, 5]
+
+
+def test_resuming_what_is_finished_changes_nothing(tmp_path):
+    """Not even the record of how it was trained."""
+    run = trained(tmp_path / "run", level=4)
+    before = files(run)
+    trained(run, "train.learning_rate=1.0", "train.steps=3", level=4, resume=True)
+    assert files(run) == before
 
 
 @pytest.mark.parametrize(
