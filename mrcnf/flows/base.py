@@ -58,7 +58,7 @@ class Flow(nn.Module, ABC):
     name: str
     """What to call this flow in messages."""
     tied_to_size: bool = False
-    """Whether it is of use at the height and width alone that it was trained on."""
+    """Whether it is of use at the height and width alone that it was trained on (see `tiled`)."""
 
     @abstractmethod
     def log_prob(

@@ -20,6 +20,7 @@ from mrcnf.flows import fields
 from mrcnf.flows.base import Flow, FlowResult
 from mrcnf.flows.continuous import ContinuousFlow
 from mrcnf.flows.solve import Solver, Statistics
+from mrcnf.flows.tiled import Tiled
 from mrcnf.flows.trace import Trace
 from mrcnf.image import pyramids
 from mrcnf.image.bits import log_prob_of_integers
@@ -116,7 +117,12 @@ class Level(nn.Module):
 
     @property
     def multiple(self) -> int:
-        """What height and width of the finest images must be multiples of, for this level."""
+        """What height and width of the finest images must be multiples of, for this level.
+
+        A field that is tied to its size serves larger images in tiles of that size.
+        """
+        if self.flow.tied_to_size:
+            return self.model.finest
         return 2 ** (self.halvings + (not self.is_base) + self.field.scales - 1)
 
     @property
@@ -236,7 +242,7 @@ class Level(nn.Module):
     ) -> FlowResult:
         """Log-density of this level's coefficients of images x, as `Flow.log_prob`."""
         y, condition, log_det = self.prepare(x)
-        result = self.flow.log_prob(
+        result = self._flow_of(y).log_prob(
             y,
             condition,
             solver=solver or self.solver,
@@ -263,7 +269,7 @@ class Level(nn.Module):
         self, latent: Tensor, coarse: Tensor | None, solver: Solver | None = None
     ) -> Tensor:
         """Images in density units from noise (`latent_shape`) and the coarse image."""
-        y = self.flow.transport(
+        y = self._flow_of(latent).transport(
             latent, self.condition(coarse), backwards=True, solver=solver or self.solver
         )
         values = self.units.invert(y)
@@ -272,7 +278,14 @@ class Level(nn.Module):
     def encode(self, x: Tensor, solver: Solver | None = None) -> Tensor:
         """The latent of this level's coefficients of images x."""
         y, condition, _ = self.prepare(x)
-        return self.flow.transport(y, condition, solver=solver or self.solver)
+        return self._flow_of(y).transport(y, condition, solver=solver or self.solver)
+
+    def _flow_of(self, y: Tensor) -> Flow:
+        """The flow, in tiles where it is tied to another size than y's."""
+        *_, side = self.latent_shape(self.model.finest, self.model.finest)
+        if self.flow.tied_to_size and tuple(y.shape[2:]) != (side, side):
+            return Tiled(self.flow, side)
+        return self.flow
 
     def compile(self, **options: Any) -> None:
         """Compile the networks with torch.compile, for every objective and for evaluation."""
@@ -283,18 +296,12 @@ class Level(nn.Module):
 
 def check_size(levels: Iterable[Level], size: Sequence[int], remedy: str = "") -> None:
     """A UserError unless the levels can make images of this height and width."""
-    (height, width), levels = size, list(levels)
-    unit, finest = max(level.multiple for level in levels), levels[0].model.finest
+    height, width = size
+    unit = max(level.multiple for level in levels)
     if height < 1 or width < 1 or height % unit or width % unit:
         raise UserError(
             f"images of {height}×{width}: this model's have sides that are positive multiples of "
             f"{unit}{remedy}"
-        )
-    tied = [level.resolution for level in levels if level.flow.tied_to_size]
-    if tied and (height, width) != (finest, finest):
-        raise UserError(
-            f"images of {height}×{width}: the field of level {tied[0]} attends to all positions "
-            f"and was trained for {finest}×{finest}; cut the images into tiles of that size"
         )
 
 

@@ -17,6 +17,7 @@ from mrcnf.model.model import MultiResolutionFlow
 from mrcnf.model.settings import FieldConfig, ModelConfig
 
 SIZES = [(8, 8), (4, 12), (2, 6)]
+ATTENTION = FieldConfig(width=4, depth=1, attention=True)
 EVERY_SIZE = pytest.mark.parametrize("size", SIZES)
 
 
@@ -50,6 +51,7 @@ def seeded(seed=3):
         ((4, 6), {"dequantisation": "gaussian"}),
         ((4, 6), {"dequantisation": "variational"}),
         ((4, 6), {"base": "logit"}),
+        ((4, 8), {"field": ATTENTION}),
     ],
 )
 def test_the_density_of_another_size_is_the_brute_force_one(size, settings):
@@ -186,17 +188,26 @@ def test_a_padded_image_costs_its_padding():
     assert torch.equal(*bits)
 
 
-def test_fields_that_know_their_size_are_refused_another():
-    field = FieldConfig(width=4, depth=1, attention=True)
-    model = build((2, 4), field=field)
-    assert model.bits_per_dim(images(1, (4, 4))).isfinite().all()
-    for call in (
-        lambda: model.bits_per_dim(images(1, (8, 8))),
-        lambda: model.sample(1, size=(4, 8)),
-        lambda: model.upscale(images(1, (4, 4)), level=2),
-    ):
-        with pytest.raises(UserError, match=r"level \d attends to all positions.*trained for 4×4"):
-            call()
+def test_fields_that_know_their_size_serve_larger_images_in_tiles_of_it():
+    model = build((2, 4), channels=3, field=ATTENTION)
+    assert model.multiple == 4
+    x, _ = dequantise(images(2, (8, 12), 3), dtype=torch.float64)
+    parts = [x[..., i : i + 4, j : j + 4] for i in (0, 4) for j in (0, 4, 8)]
+    for level in model:
+        whole = level.log_prob(x, regularise=True)
+        tiles = [level.log_prob(part, regularise=True) for part in parts]
+        torch.testing.assert_close(whole.log_prob, sum(tile.log_prob for tile in tiles))
+        assert whole.dims == sum(tile.dims for tile in tiles)
+        for name in ("kinetic", "frobenius"):
+            mean = sum(getattr(tile, name) for tile in tiles) / len(tiles)
+            torch.testing.assert_close(getattr(whole, name), mean)
+    back = model.decode(model.encode(images(2, (8, 12), 3), generator=seeded()))
+    assert back.shape == (2, 3, 8, 12)
+    assert model.sample(1, size=(4, 8), generator=seeded()).shape == (1, 3, 4, 8)
+    big = model.upscale(images(1, (3, 5), 3), level=2, generator=seeded())
+    assert big.shape == (1, 3, 6, 10)
+    with pytest.raises(UserError, match="multiples of 4"):
+        model.bits_per_dim(images(1, (6, 4), 3))
 
 
 @pytest.mark.parametrize("size", [(3, 4), (0, 4), (-2, 4)])
