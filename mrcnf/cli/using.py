@@ -11,7 +11,7 @@ import torch
 
 from mrcnf import files, runtime, seeds
 from mrcnf.cli.common import Overrides, Paths, Run, note_unfinished, speaks
-from mrcnf.data.imagefile import save_image
+from mrcnf.data.imagefile import check_png, save_image
 from mrcnf.errors import UserError
 from mrcnf.image.grid import grid
 from mrcnf.measure import evaluate as evaluation
@@ -108,6 +108,7 @@ def sample(
     """
     if min(n, zoom) < 1:
         raise UserError(f"n and zoom must be at least 1, got {n} and {zoom}")
+    check_png(out)
     if neighbours < 0:
         raise UserError(f"neighbours must not be negative, got {neighbours}")
     ignored = set(configuration.override({}, overrides)) - ({"data"} if neighbours else set())

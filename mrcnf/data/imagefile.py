@@ -69,6 +69,12 @@ def _plain(image: Image.Image, path: Path) -> Image.Image:
     raise UserError(f"{path}: has colour mode {image.mode}; convert it to 8-bit RGB or grey first")
 
 
+def check_png(path: Path) -> None:
+    """A UserError unless a name ends in .png, as those of all pictures that are written do."""
+    if path.suffix.lower() != ".png":
+        raise UserError(f"{path}: images are written as PNG; end the name in .png")
+
+
 def save_image(path: str | Path, image: torch.Tensor) -> None:
     """Writes uint8 (C, H, W), C = 1 or 3, as PNG: whole or not at all.
 
@@ -77,10 +83,9 @@ def save_image(path: str | Path, image: torch.Tensor) -> None:
     shape or type.
     """
     path = Path(path)
+    check_png(path)
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(f"expected uint8 (1 or 3, H, W), not {image.dtype} {tuple(image.shape)}")
-    if path.suffix.lower() != ".png":
-        raise UserError(f"{path}: images are written as PNG; end the name in .png")
     array = np.ascontiguousarray(image.detach().cpu().permute(1, 2, 0).numpy())
     buffer = io.BytesIO()
     Image.fromarray(array[..., 0] if image.shape[0] == 1 else array).save(buffer, format="PNG")

@@ -52,7 +52,8 @@ class Flow(nn.Module, ABC):
     """An invertible map from what a level models to standard normal noise, given a condition.
 
     y is (N, C, H, W) of any height and width that the networks take, the condition (N, C', H, W)
-    or None.
+    or None. Levels make theirs in `model.level`; tests/flows/test_contract.py takes every flow
+    through what is promised here.
     """
 
     name: str

@@ -2,7 +2,7 @@
 
 A convolution is linear, so one call serves value and tangents alike; an activation gives
 act(y) and act'(y)·e. The plain forward pass is the case of no tangents, so a network is
-written once.
+written once. Rules that one network alone needs stand beside it.
 """
 
 from __future__ import annotations

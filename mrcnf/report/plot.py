@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mrcnf import files
+from mrcnf.data.imagefile import check_png
 from mrcnf.errors import UserError
 from mrcnf.image.grid import enlarge
 from mrcnf.report import compare
@@ -163,8 +164,7 @@ def _pyplot():  # type: ignore[no-untyped-def]
 
 
 def _save(figure, path: Path) -> None:  # type: ignore[no-untyped-def]
-    if path.suffix.lower() != ".png":
-        raise UserError(f"{path}: figures are written as PNG; end the name in .png")
+    check_png(path)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     _pyplot().close(figure)

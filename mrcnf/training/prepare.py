@@ -42,15 +42,15 @@ def prepare_level(config: Config, resolution: int, images: Images) -> Level:
 
 def _refuse_unfit(config: Config, level: Level) -> None:
     crop, finest = config.train.crop, level.model.finest
-    if crop < 0 or crop % level.multiple or crop > finest:
-        raise UserError(
-            f"train.crop {crop} must be a multiple of {level.multiple} and at most {finest} for "
-            f"level {level.resolution}"
-        )
     if level.flow.tied_to_size and crop not in (0, finest):
         raise UserError(
             f"train.crop {crop}: a field with attention serves at the size alone that it is "
             "trained on; set train.crop = 0 or field.attention = false"
+        )
+    if crop < 0 or crop % level.multiple or crop > finest:
+        raise UserError(
+            f"train.crop {crop} must be a multiple of {level.multiple} and at most {finest} for "
+            f"level {level.resolution}"
         )
     if config.train.objective == "flow-matching":
         level.flow.check_velocity()

@@ -22,7 +22,18 @@ def draw_times(
     centre: float = LOGIT_MEAN,
     spread: float = LOGIT_STD,
 ) -> Tensor:
-    """n times in [0, 1], stratified over the batch; of `TIMES`, see `flow_matching`."""
+    """n times in [0, 1], (n,), stratified over the batch.
+
+    Args:
+        kind: of `TIMES`, as `objectives.flow_matching` describes them; "likelihood" draws as
+            "log-uniform", its weights are the objective's.
+        noise: standard deviation of the noise that the data come with, a scalar.
+        like: its type and device are the times'.
+        centre, spread: of log t/(1-t) of logit-normal times.
+
+    Raises:
+        UserError: an unknown kind.
+    """
     if kind not in TIMES:
         raise UserError(f"unknown distribution of times {kind!r}; choose one of {', '.join(TIMES)}")
     order = torch.randperm(n, generator=generator, device=like.device)

@@ -19,7 +19,8 @@ from mrcnf.training.optim import Optimizer
 class Update:
     """Clip the gradients, skip them if they explode, move the weights and their average.
 
-    Nothing waits for the device: whether a step is skipped is decided, obeyed and counted there.
+    Nothing waits for the device: whether a step is skipped is decided, obeyed and counted there
+    (and `Watch.log` gives up after too many in a row).
 
     Args:
         level: with its first weights, on its device.

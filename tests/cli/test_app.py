@@ -77,27 +77,27 @@ MISTAKES = {
     "no temperature to upscale at": (
         "upscale {run} {folder}/2.png --temperature nan --out {out}", "temperature"
     ),
-    "no temperature": ("sample {run} --temperature nan --out {out}", "temperature"),
-    "an infinite temperature": ("sample {run} --temperature inf --out {out}", "temperature"),
-    "a temperature below zero": ("sample {run} --temperature -1 --out {out}", "temperature"),
-    "half a size": ("sample {run} --size 4 --out {out}", "--size"),
-    "no size": ("sample {run} --size 0 4 --out {out}", "0×4"),
+    "no temperature": ("sample {run} --temperature nan --out {out}.png", "temperature"),
+    "an infinite temperature": ("sample {run} --temperature inf --out {out}.png", "temperature"),
+    "a temperature below zero": ("sample {run} --temperature -1 --out {out}.png", "temperature"),
+    "half a size": ("sample {run} --size 4 --out {out}.png", "--size"),
+    "no size": ("sample {run} --size 0 4 --out {out}.png", "0×4"),
     "neighbours of another size": (
-        "sample {run} --size 8 8 --neighbours 2 --out {out}", "leave out --size or --neighbours"
+        "sample {run} --size 8 8 --neighbours 2 --out {out}.png", "leave out --size or --neighbours"
     ),
     "colour": ("upscale {run} {folder}/colour.png --out {out}", "3 channels where 1 are needed"),
     "no such level": ("upscale {run} {folder}/8.png --level 3 --out {out}", "level 3"),
     "no draws": ("upscale {run} {folder}/2.png --draws 0 --out {out}", "draws must be"),
     "no image": ("upscale {run} {folder}/none.png --out {out}", "none.png: there is no such"),
     "nothing to upscale": ("upscale {run} --out {out}", "no image to upscale"),
-    "no samples": ("sample {run} --n 0 --out {out}", "n and zoom must be at least 1"),
-    "fewer than no neighbours": ("sample {run} --neighbours -1 --out {out}", "not be negative"),
-    "too many neighbours": ("sample {run} --neighbours 13 --out {out}", "more than the 12 images"),
+    "no samples": ("sample {run} --n 0 --out {out}.png", "n and zoom must be at least 1"),
+    "fewer than no neighbours": ("sample {run} --neighbours -1 --out {out}.png", "not be negative"),
+    "too many neighbours": ("sample {run} --neighbours 13 --out {out}.png", "more than the 12 images"),
     "neighbours of no data": (
-        "sample {run} --neighbours 2 data.name=npz:/none --out {out}", "/none"
+        "sample {run} --neighbours 2 data.name=npz:/none --out {out}.png", "/none"
     ),
-    "settings without neighbours": ("sample {run} data.limit=3 --out {out}", "would ignore data"),
-    "other settings": ("sample {run} --neighbours 2 solver.steps=9 --out {out}", "ignore solver"),
+    "settings without neighbours": ("sample {run} data.limit=3 --out {out}.png", "would ignore data"),
+    "other settings": ("sample {run} --neighbours 2 solver.steps=9 --out {out}.png", "ignore solver"),
     "JPEG": ("sample {run} --n 2 --out {out}/a.jpg", "end the name in .png"),
     "unknown data": ("evaluate {run} --data cifar11 --json {out}", "'cifar11' is unknown"),
     "missing data": ("evaluate {run} --data npz:/none --json {out}", "/none"),
@@ -108,10 +108,10 @@ MISTAKES = {
     "empty batch": ("evaluate {run} --batch 0 --json {out}", "evaluate.batch must be"),
     "unknown solver": ("evaluate {run} solver.method=rk5 --json {out}", "'rk5'"),
     "no run": ("evaluate {folder}/none --json {out}", "there is no run folder"),
-    "not a run": ("sample {folder} --out {out}", "holds no trained level"),
+    "not a run": ("sample {folder} --out {out}.png", "holds no trained level"),
     "no run to describe": ("info {folder}/none", "there is no run folder"),
     "no run to extend": ("extend {folder}/none --resolution 8", "there is no run folder"),
-    "an unknown device": ("sample {run} --device gpu --out {out}", "unknown device 'gpu'"),
+    "an unknown device": ("sample {run} --device gpu --out {out}.png", "unknown device 'gpu'"),
     "no configuration": ("train {folder}/none.toml --out {out}", "no configuration at"),
     "an unknown level": ("train {config} --level 8 --out {out}", "no level 8"),
     "an unknown setting": ("train {config} --out {out} train.stps=3", "did you mean train.steps?"),
