@@ -92,12 +92,18 @@ MISTAKES = {
     "nothing to upscale": ("upscale {run} --out {out}", "no image to upscale"),
     "no samples": ("sample {run} --n 0 --out {out}.png", "n and zoom must be at least 1"),
     "fewer than no neighbours": ("sample {run} --neighbours -1 --out {out}.png", "not be negative"),
-    "too many neighbours": ("sample {run} --neighbours 13 --out {out}.png", "more than the 12 images"),
+    "too many neighbours": (
+        "sample {run} --neighbours 13 --out {out}.png", "more than the 12 images"
+    ),
     "neighbours of no data": (
         "sample {run} --neighbours 2 data.name=npz:/none --out {out}.png", "/none"
     ),
-    "settings without neighbours": ("sample {run} data.limit=3 --out {out}.png", "would ignore data"),
-    "other settings": ("sample {run} --neighbours 2 solver.steps=9 --out {out}.png", "ignore solver"),
+    "settings without neighbours": (
+        "sample {run} data.limit=3 --out {out}.png", "would ignore data"
+    ),
+    "other settings": (
+        "sample {run} --neighbours 2 solver.steps=9 --out {out}.png", "ignore solver"
+    ),
     "JPEG": ("sample {run} --n 2 --out {out}/a.jpg", "end the name in .png"),
     "unknown data": ("evaluate {run} --data cifar11 --json {out}", "'cifar11' is unknown"),
     "missing data": ("evaluate {run} --data npz:/none --json {out}", "/none"),
