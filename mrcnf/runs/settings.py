@@ -153,8 +153,8 @@ class EvaluateConfig:
     seed: Annotated[int, SEED] = 0
     """Of noise and probes."""
     compile: bool = False
-    """Compile the network for evaluation with torch.compile, which takes a minute or two first: on
-    a CPU it needs a C++ compiler, and pays from some thousand images."""
+    """Compile the network for evaluation with torch.compile, which takes a minute or two first; on
+    a CPU it needs a C++ compiler."""
 
     def __post_init__(self) -> None:
         check("evaluate", self)

@@ -47,7 +47,7 @@ def _refuse_unfit(config: Config, level: Level) -> None:
             f"train.crop {crop}: a field with attention serves at the size alone that it is "
             "trained on; set train.crop = 0 or field.attention = false"
         )
-    if crop < 0 or crop % level.multiple or crop > finest:
+    if crop % level.multiple or crop > finest:
         raise UserError(
             f"train.crop {crop} must be a multiple of {level.multiple} and at most {finest} for "
             f"level {level.resolution}"

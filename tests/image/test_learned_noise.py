@@ -22,13 +22,13 @@ def dequantised(x, seed=1):
     return (x + torch.rand(x.shape, generator=generator, dtype=torch.float64)) / 256
 
 
-def disturb(dequantiser, size):
+def disturb(learned, size):
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in dequantiser.parameters():
+        for parameter in learned.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter += size * noise
-    return dequantiser
+    return learned
 
 
 def shaped(pairs, size=0.05):
@@ -53,10 +53,10 @@ def test_noise_is_uniform_until_it_is_trained(pairs):
 
 @EITHER
 def test_the_noise_stays_in_its_cell_and_its_density_is_known(pairs):
-    dequantiser, (u, y, coarse) = shaped(pairs), cells(pairs)
-    bent, log_rise = dequantiser(u, y, coarse)
+    learned, (u, y, coarse) = shaped(pairs), cells(pairs)
+    bent, log_rise = learned(u, y, coarse)
     assert bent.min() > 0 and bent.max() < 1 and (bent - u).abs().max() > 0.01
-    jacobian = torch.autograd.functional.jacobian(lambda v: dequantiser(v, y, coarse)[0], u)
+    jacobian = torch.autograd.functional.jacobian(lambda v: learned(v, y, coarse)[0], u)
     size = u[0].numel()
     log_det = torch.stack([jacobian[i, :, :, :, i].reshape(size, size).logdet() for i in range(2)])
     torch.testing.assert_close(log_rise, log_det)
@@ -65,16 +65,16 @@ def test_the_noise_stays_in_its_cell_and_its_density_is_known(pairs):
 @EITHER
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_edges_of_the_cell_stay_finite(pairs, dtype):
-    dequantiser = shaped(pairs, 0.3).to(dtype)
+    learned = shaped(pairs, 0.3).to(dtype)
     u, y, coarse = (part.to(dtype) for part in cells(pairs))
     for edge in (0.0, 1 - torch.finfo(dtype).eps):
-        bent, log_rise = dequantiser(torch.full_like(u, edge), y, coarse)
+        bent, log_rise = learned(torch.full_like(u, edge), y, coarse)
         assert bent.min() >= 0 and bent.max() < 1 and log_rise.isfinite().all()
 
 
 def test_noise_in_pairs_keeps_the_mean_of_every_patch():
-    dequantiser, (u, y, coarse) = shaped(1), cells(1)
-    bent, _ = dequantiser(u, y, coarse)
+    learned, (u, y, coarse) = shaped(1), cells(1)
+    bent, _ = learned(u, y, coarse)
     torch.testing.assert_close(haar.means(bent, 1), haar.means(u, 1), rtol=0, atol=1e-15)
 
 
@@ -143,7 +143,7 @@ def test_shaped_noise_reaches_what_uniform_noise_cannot(pyramid):
 @pytest.mark.parametrize("times", ["likelihood", "logit-normal"])
 @pytest.mark.parametrize("resolution", [1, 2])
 def test_flow_matching_trains_the_noise_on_the_bound(times, resolution):
-    """The gradient by the dequantiser of the loss is that of the evidence lower bound.
+    """The gradient by the learned of the loss is that of the evidence lower bound.
 
     With a field that is exact for normal data the bound is the likelihood, whose gradient
     differentiation through the flow gives as well.
