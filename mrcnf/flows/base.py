@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,16 +25,29 @@ class FlowResult:
     dims: int
     """Dimensions D of one image's y."""
     latent: Tensor
-    """The point reached at t = 1, shaped as y."""
+    """The noise reached, shaped as y."""
     statistics: Statistics
     kinetic: Tensor | None = None
     """(N,): ∫ mean_d f_d² dt, summed over blocks (Finlay et al. 2020)."""
     frobenius: Tensor | None = None
     """(N,): ∫ ‖∂f/∂y‖²_F / D dt, estimated, summed over blocks (Finlay et al. 2020)."""
+    penalty: Tensor | None = None
+    """(N,): what the flow asks to be added to the loss of bits/dim in training."""
+
+
+def log_normal(z: Tensor) -> Tensor:
+    """Log-density of z (N, …) under the standard normal: (N,) nats."""
+    flat = z.flatten(1)
+    return -0.5 * (flat.square().sum(1) + flat.shape[1] * math.log(2 * math.pi))
 
 
 class Step(ABC):
     """A short invertible piece of a flow, for coding: none of it is differentiable."""
+
+    kept: int = 0
+    """How many of the leading channels it leaves as they are; the others depend on them."""
+    shrink: float = 1.0
+    """By what it divides height and width."""
 
     @abstractmethod
     def forward(self, y: Tensor) -> Tensor:
@@ -48,6 +62,46 @@ class Step(ABC):
         """Log of the diagonal of `forward`'s Jacobian at y, shaped as y; exact or an estimate."""
 
 
+class Lift(Step):
+    """A step that keeps volumes: it moves values about, or adds to some what others say.
+
+    With the sums rounded it is as invertible as without, so it is exact on any lattice.
+    Its `log_scale` is 0 for all: not always its diagonal, but what its volumes add up to.
+    """
+
+    @abstractmethod
+    def lift(self, y: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+        """`forward`, with all that is added to elements of y passed through `rounded`."""
+
+    @abstractmethod
+    def drop(self, z: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+        """The y that `lift` takes to z."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.lift(y, _unrounded)
+
+    def backward(self, z: Tensor) -> Tensor:
+        return self.drop(z, _unrounded)
+
+    def log_scale(self, y: Tensor) -> Tensor:
+        return torch.zeros_like(y)
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Where some channels leave a split flow: they are noise by now, given those that stay."""
+
+    stays: int
+    """How many of the leading channels go on; the others leave."""
+    prior: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """From what stays (N, stays, H, W), mean and log standard deviation of what leaves, each
+    shaped as that: it is normal, element by element."""
+
+
+def _unrounded(x: Tensor) -> Tensor:
+    return x
+
+
 class Flow(nn.Module, ABC):
     """An invertible map from what a level models to standard normal noise, given a condition.
 
@@ -60,6 +114,10 @@ class Flow(nn.Module, ABC):
     """What to call this flow in messages."""
     tied_to_size: bool = False
     """Whether it is of use at the height and width alone that it was trained on (see `tiled`)."""
+    solved: bool = True
+    """Whether a solver carries it, whose settings matter."""
+    reorders: bool = False
+    """Whether it has orders that are measured (`reorder`)."""
 
     @abstractmethod
     def log_prob(
@@ -105,8 +163,10 @@ class Flow(nn.Module, ABC):
         trace: Trace | None = None,
         seed: int = 0,
         tolerance: float = 1e-6,
-    ) -> Iterator[Step]:
+    ) -> Iterator[Step | Leave]:
         """The same map as short invertible pieces, from data to noise.
+
+        After a `Leave`, they go on with what stays.
 
         Args:
             trace: how `Step.log_scale` finds a diagonal: exact, or estimated from probes.
@@ -124,6 +184,16 @@ class Flow(nn.Module, ABC):
 
     def calibrate(self, noise: Tensor, cells: Tensor) -> None:
         """Learn the units of the data, see `velocity.Field.calibrate`."""
+
+    def initialise(
+        self, y: Tensor, condition: Tensor | None = None, solver: Solver | None = None
+    ) -> None:
+        """Set from data y, before training, what is to start from data."""
+
+    def reorder(
+        self, y: Tensor, condition: Tensor | None = None, solver: Solver | None = None
+    ) -> None:
+        """Measure on data y, in training, the orders that depend on what has been learned."""
 
     def velocity(self, t: Tensor, y: Tensor, condition: Tensor | None = None) -> Tensor:
         """dy/dt at times t (N,), which flow matching regresses: of flows that have one.

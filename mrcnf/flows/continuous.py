@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mrcnf import seeds
 from mrcnf.errors import UserError
 from mrcnf.flows import trace as tracing
-from mrcnf.flows.base import Flow, FlowResult, Step
+from mrcnf.flows.base import Flow, FlowResult, Step, log_normal
 from mrcnf.flows.solve import Solver, SolverError, State, Statistics, runge_kutta, solve, time_grid
 from mrcnf.flows.trace import Trace
 from mrcnf.flows.velocity import Conditioned, Field
@@ -85,8 +85,7 @@ class ContinuousFlow(Flow):
             )
             statistics = statistics + cost
         y, log_volume, *regularisers = state
-        normal = -0.5 * (y.square().flatten(1).sum(1) + dims * math.log(2 * math.pi))
-        return FlowResult(normal + dims * log_volume, dims, y, statistics, *regularisers)
+        return FlowResult(log_normal(y) + dims * log_volume, dims, y, statistics, *regularisers)
 
     def transport(
         self,

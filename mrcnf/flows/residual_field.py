@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mrcnf.flows import paths
 from mrcnf.flows.lattice_features import Lattice
-from mrcnf.flows.tangents import Conv, Dual, normalise
+from mrcnf.flows.residual_blocks import ResidualBlocks, coarse_network, hidden_weights
+from mrcnf.flows.tangents import Dual, normalise
 from mrcnf.flows.velocity import Field
 
 
-class ResidualField(Field):
+class ResidualField(ResidualBlocks, Field):
     """The default network: residual blocks, modulated by time and by the coarse image.
 
     Time, as features of log t/(1-t), scales and shifts every block; the coarse image goes
@@ -59,41 +58,23 @@ class ResidualField(Field):
         path: str = "straight",
         lattice: int = 0,
     ) -> None:
-        super().__init__()
-        self.width, self.smallest, self.path = width, scales - 1, path
-        self.tied_to_size = attention
-        way_down = [scale for scale in range(self.smallest) for _ in range(depth)]
-        self.plan = [*way_down, *[self.smallest] * depth, *reversed(way_down)]
-        self.widths = [width * 2**scale for scale in self.plan]
-        self.lattice = Lattice(channels, coarse_channels, lattice) if lattice else None
-        self.first = Conv(channels + 2 * lattice, width, 3, padding=1)
-        self.blocks = nn.ModuleList(_Block(w) for w in self.widths)
-        sizes = list(pairwise(width * 2**scale for scale in range(scales)))
-        self.down = nn.ModuleList(Conv(fine, small, 2, stride=2) for fine, small in sizes)
-        self.up = nn.ModuleList(Conv(small, fine, 1) for fine, small in sizes)
-        self.attention = nn.ModuleList(
-            _Attention(width * 2**self.smallest) for _ in range(depth if attention else 0)
+        super().__init__(
+            channels + 2 * lattice, 2 * channels, width, depth, scales, attention
         )
-        self.last = Conv(width, 2 * channels, 3, padding=1)
+        self.path = path
+        self.lattice = Lattice(channels, coarse_channels, lattice) if lattice else None
         self.time = nn.Sequential(
             nn.Linear(TIME_FEATURES, 2 * width), nn.SiLU(),
             nn.Linear(2 * width, 2 * sum(self.widths)),
         )  # fmt: skip
         self.coarse = (
-            nn.Sequential(
-                nn.Conv2d(coarse_channels, width, 3, padding=1),
-                nn.SiLU(),
-                nn.Conv2d(width, width, 3, padding=1),
-                nn.SiLU(),
-                nn.Conv2d(width, width + sum(self.widths), 1),
-            )
+            coarse_network(coarse_channels, width, width + sum(self.widths))
             if coarse_channels
             else None
         )
         self.register_buffer("noise", torch.zeros(channels, 1, 1))
-        for layer in (self.last, self.time[-1]):
-            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.time[-1].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(self.time[-1].bias)  # type: ignore[arg-type]
 
     def calibrate(self, noise: Tensor, cells: Tensor) -> None:
         self.noise.copy_(noise)
@@ -110,8 +91,7 @@ class ResidualField(Field):
         return [p for name, p in self.named_parameters() if not name.startswith("coarse.")]
 
     def hidden_weights(self) -> list[nn.Parameter]:
-        outer = {"first.weight", "last.weight", "coarse.0.weight"}
-        return [p for name, p in self.named_parameters() if p.dim() == 4 and name not in outer]
+        return [*super().hidden_weights(), *hidden_weights(self.coarse)]
 
     def run(self, t: Tensor, y: Dual, context: Tensor | None) -> Dual:
         t = t.to(y.value.dtype)
@@ -130,38 +110,12 @@ class ResidualField(Field):
         hidden = self.first(seen)
         if context is not None:
             hidden = hidden.shift(entry.to(hidden.value.dtype))
-        hidden = self._through_blocks(
-            hidden, scales.split(self.widths, 1), shifts.split(self.widths, 1), maps
+        hidden = self.through(
+            hidden, maps, scales.split(self.widths, 1), shifts.split(self.widths, 1)
         )
         answer, log_spread = self.last(normalise(hidden).silu()).chunk(2)
         gain, size = _precondition(path, log_spread)
         return y * gain + answer * size
-
-    def _through_blocks(
-        self,
-        hidden: Dual,
-        scales: Sequence[Tensor],
-        shifts: Sequence[Tensor],
-        maps: Sequence[Tensor],
-    ) -> Dual:
-        """The blocks, with what time and the coarse image (`maps`) tell each of them."""
-        attention, skipped, now = iter(self.attention), [], 0
-        for i, (scale, shift) in enumerate(zip(scales, shifts, strict=True)):
-            if self.plan[i] > now:
-                skipped.append(hidden)
-                hidden = self.down[now](hidden)
-            elif self.plan[i] < now:
-                wide = self.up[now - 1](hidden)
-                hidden = wide.linear(lambda x: F.interpolate(x, scale_factor=2)) + skipped.pop()
-            now = self.plan[i]
-            if maps:
-                own = maps[i].to(shift.dtype)
-                shift = shift + (F.avg_pool2d(own, 2**now) if now else own)
-            hidden = self.blocks[i](hidden, 1 + scale, shift)
-            if now == self.smallest and self.attention:
-                hidden = next(attention)(hidden)
-        return hidden
-
 
 def _precondition(path: paths.Path, log_spread: Dual) -> tuple[Dual, Dual]:
     """g and m of `ResidualField` and their derivatives by log q."""
@@ -177,54 +131,6 @@ def _precondition(path: paths.Path, log_spread: Dual) -> tuple[Dual, Dual]:
         log_spread.map(gain, lambda: -2 * alpha * beta * wronskian * variance / total / total),
         log_spread.map(size, lambda: size * beta**2 / total),
     )
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.inner = Conv(width, width, 3, padding=1)
-        self.outer = Conv(width, width, 3, padding=1)
-        with torch.no_grad():
-            self.outer.weight *= 0.3
-
-    def forward(self, hidden: Dual, scale: Tensor, shift: Tensor) -> Dual:
-        inner = self.inner(normalise(hidden).silu())
-        return hidden + self.outer(inner.scale(scale).shift(shift).silu())
-
-
-class _Attention(nn.Module):
-    """Self-attention over all positions, added to what comes in."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.heads = next(h for h in range(max(1, width // 64), 0, -1) if width % h == 0)
-        self.inner = Conv(width, 3 * width, 1)
-        self.outer = Conv(width, width, 1)
-        with torch.no_grad():
-            self.outer.weight *= 0.3
-
-    def forward(self, hidden: Dual) -> Dual:
-        side = hidden.value.shape[-2:]
-        inner = self.inner(normalise(hidden))
-        value, tangents = inner.value, inner.tangents
-        q, k, v = self._split(value)
-        scale = q.shape[-1] ** -0.5
-        # Written out: PyTorch's fused attention has no forward-mode derivative.
-        weights = (q @ k.mT * scale).softmax(-1)
-        pushed = None
-        if tangents is not None:
-            dq, dk, dv = self._split(tangents)
-            slope = (dq @ k.mT + q @ dk.mT) * scale
-            slope = weights * (slope - (weights * slope).sum(-1, keepdim=True))
-            pushed = self._join(slope @ v + weights @ dv, side)
-        return hidden + self.outer(Dual(self._join(weights @ v, side), pushed))
-
-    def _split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(…, 3·C, H, W) → queries, keys and values, (…, heads, H·W, C/heads) each."""
-        return x.flatten(-2).unflatten(-2, (3, self.heads, -1)).mT.unbind(-4)
-
-    def _join(self, x: Tensor, side: torch.Size) -> Tensor:
-        return x.mT.flatten(-3, -2).unflatten(-1, side)
 
 
 TIME_FEATURES = 17

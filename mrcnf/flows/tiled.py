@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mrcnf.flows.base import Flow, FlowResult, Step
+from mrcnf.flows.base import Flow, FlowResult, Leave, Lift, Step
 from mrcnf.flows.solve import Solver
 from mrcnf.flows.trace import Trace
 
@@ -26,6 +27,7 @@ class Tiled(Flow):
     def __init__(self, flow: Flow, side: int) -> None:
         super().__init__()
         self.flow, self.side, self.name = flow, side, flow.name
+        self.solved = flow.solved
 
     def log_prob(
         self,
@@ -49,12 +51,12 @@ class Tiled(Flow):
         )
         rows = (len(y), -1)
         means = [
-            None if part is None else part.reshape(rows).mean(1)  # both are per dimension
-            for part in (found.kinetic, found.frobenius)
+            None if part is None else part.reshape(rows).mean(1)  # all are per dimension
+            for part in (found.kinetic, found.frobenius, found.penalty)
         ]
         return FlowResult(
             found.log_prob.reshape(rows).sum(1), y.shape[1:].numel(),
-            join(found.latent, y.shape), found.statistics, *means,
+            join(found.latent, y.shape, self.side), found.statistics, *means,
         )  # fmt: skip
 
     def transport(
@@ -67,7 +69,7 @@ class Tiled(Flow):
     ) -> Tensor:
         tiles = None if condition is None else cut(condition, self.side)
         moved = self.flow.transport(cut(y, self.side), tiles, backwards=backwards, solver=solver)
-        return join(moved, y.shape)
+        return join(moved, y.shape, self.side)
 
     def steps(
         self,
@@ -77,10 +79,16 @@ class Tiled(Flow):
         trace: Trace | None = None,
         seed: int = 0,
         tolerance: float = 1e-6,
-    ) -> Iterator[Step]:
+    ) -> Iterator[Step | Leave]:
         tiles = None if condition is None else cut(condition, self.side)
-        found = self.flow.steps(tiles, solver, trace=trace, seed=seed, tolerance=tolerance)
-        return (_TiledStep(step, self.side) for step in found)
+        side = self.side
+        for step in self.flow.steps(tiles, solver, trace=trace, seed=seed, tolerance=tolerance):
+            if isinstance(step, Leave):
+                yield Leave(step.stays, partial(_prior, step, side))
+            else:
+                tiled = (_TiledLift if isinstance(step, Lift) else _TiledStep)(step, side)
+                yield tiled
+                side = tiled.after
 
     def compile(self, **options: Any) -> None:
         self.flow.compile(**options)
@@ -90,17 +98,37 @@ class Tiled(Flow):
 
 
 class _TiledStep(Step):
+    """A step of tiles: of side × side positions before it, of `after` × `after` behind it."""
+
     def __init__(self, step: Step, side: int) -> None:
-        self.step, self.side = step, side
+        self.step, self.side, self.after = step, side, round(side / step.shrink)
+        self.kept, self.shrink = step.kept, step.shrink
 
     def forward(self, y: Tensor) -> Tensor:
-        return join(self.step.forward(cut(y, self.side)), y.shape)
+        return join(self.step.forward(cut(y, self.side)), y.shape, self.side)
 
     def backward(self, z: Tensor) -> Tensor:
-        return join(self.step.backward(cut(z, self.side)), z.shape)
+        return join(self.step.backward(cut(z, self.after)), z.shape, self.after)
 
     def log_scale(self, y: Tensor) -> Tensor:
-        return join(self.step.log_scale(cut(y, self.side)), y.shape)
+        return join(self.step.log_scale(cut(y, self.side)), y.shape, self.side)
+
+
+class _TiledLift(_TiledStep, Lift):
+    """The same of a step that is exact on any lattice."""
+
+    step: Lift
+
+    def lift(self, y: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+        return join(self.step.lift(cut(y, self.side), rounded), y.shape, self.side)
+
+    def drop(self, z: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+        return join(self.step.drop(cut(z, self.after), rounded), z.shape, self.after)
+
+
+def _prior(leave: Leave, side: int, stays: Tensor) -> tuple[Tensor, Tensor]:
+    mean, log_std = leave.prior(cut(stays, side))
+    return join(mean, stays.shape, side), join(log_std, stays.shape, side)
 
 
 def cut(x: Tensor, side: int) -> Tensor:
@@ -109,9 +137,13 @@ def cut(x: Tensor, side: int) -> Tensor:
     return x.reshape(n, c, h // side, side, w // side, side).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
 
 
-def join(tiles: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `cut`: tiles to a tensor of the shape (N, C, H, W) that was cut."""
-    n, c, h, w = shape
-    side = tiles.shape[-1]
-    grid = tiles.reshape(n, h // side, w // side, c, side, side)
-    return grid.permute(0, 3, 1, 4, 2, 5).reshape(shape)
+def join(tiles: Tensor, shape: torch.Size, side: int) -> Tensor:
+    """Put tiles in the places of those of side × side that a tensor (N, C, H, W) was cut into.
+
+    Tiles that were not changed in shape give the inverse of `cut`.
+    """
+    n, _, h, w = shape
+    c, new = tiles.shape[1:3]
+    grid = tiles.reshape(n, h // side, w // side, c, new, new)
+    joined = grid.permute(0, 3, 1, 4, 2, 5)
+    return joined.reshape(n, c, h // side * new, w // side * new)

@@ -16,17 +16,19 @@ from torch import Tensor, nn
 
 from mrcnf import runtime
 from mrcnf.errors import UserError
-from mrcnf.flows import fields
 from mrcnf.flows.base import Flow, FlowResult
-from mrcnf.flows.continuous import ContinuousFlow
 from mrcnf.flows.solve import Solver, Statistics
 from mrcnf.flows.tiled import Tiled
 from mrcnf.flows.trace import Trace
 from mrcnf.image import pyramids
 from mrcnf.image.bits import log_prob_of_integers
 from mrcnf.image.learned_noise import LearnedNoise
-from mrcnf.model.settings import FieldConfig, ModelConfig
+from mrcnf.model.building import build_flow, halvings
+from mrcnf.model.settings import FieldConfig, FlowConfig, ModelConfig
 from mrcnf.model.standardisation import Standardisation
+
+INITIALISE_ON = 512
+"""Images that a flow's own start is found on, at most."""
 
 # Buffers and modules by the names that they had in files of earlier versions.
 _RENAMED = {
@@ -60,6 +62,7 @@ class Level(nn.Module):
         field: FieldConfig | None = None,
         solver: Solver | None = None,
         trace: Trace | None = None,
+        flow: FlowConfig | None = None,
     ) -> None:
         super().__init__()
         if resolution not in model.resolutions:
@@ -67,10 +70,11 @@ class Level(nn.Module):
                 f"there is no level {resolution}: the levels are {list(model.resolutions)}"
             )
         self.model, self.resolution = model, resolution
-        self.field, self.solver, self.trace = (
+        self.field, self.solver, self.trace, self.flow_config = (
             field or FieldConfig(),
             solver or Solver(),
             trace or Trace(),
+            flow or FlowConfig(),
         )
         self.is_base = resolution == model.resolutions[0]
         self.halvings = model.resolutions[::-1].index(resolution)
@@ -78,18 +82,23 @@ class Level(nn.Module):
         self.channels = model.channels * (1 if self.is_base else 3)
         coarse_channels = 0 if self.is_base else model.channels
         side = resolution // (1 if self.is_base else 2)
-        if side % 2 ** (self.field.scales - 1):
+        self._halved = halvings(self.flow_config, self.field, self.channels)
+        if side % 2**self._halved:
             raise UserError(
                 f"level {resolution} works on {side}×{side} positions, which cannot be halved "
-                f"{self.field.scales - 1} times; lower field.scales"
+                f"{self._halved} times; lower flow.splits or field.scales"
             )
         if self._seen_integers and self._through_logit:
             raise UserError(
                 f"level {resolution}: a logit bends the lattice of integers; set "
                 "model.base = affine or field.lattice = false there"
             )
-        self.flow: Flow = ContinuousFlow(
-            [self._build_field(coarse_channels) for _ in range(self.field.blocks)],
+        self.flow = build_flow(
+            self.flow_config,
+            self.field,
+            self.channels,
+            coarse_channels,
+            lattice=self._seen_integers,
             name=f"level {resolution}",
         )
         self.learned_noise = None
@@ -101,20 +110,6 @@ class Level(nn.Module):
         self.register_buffer("noise", torch.zeros(self.channels, 1, 1))
         self.register_load_state_dict_pre_hook(_rename)
 
-    def _build_field(self, coarse_channels: int) -> fields.Field:
-        field = self.field
-        return fields.build(
-            field.kind,
-            self.channels,
-            coarse_channels,
-            width=field.width,
-            depth=field.depth,
-            scales=field.scales,
-            attention=field.attention,
-            path=field.path,
-            lattice=self._seen_integers,
-        )
-
     @property
     def multiple(self) -> int:
         """What height and width of the finest images must be multiples of, for this level.
@@ -123,7 +118,7 @@ class Level(nn.Module):
         """
         if self.flow.tied_to_size:
             return self.model.finest
-        return 2 ** (self.halvings + (not self.is_base) + self.field.scales - 1)
+        return 2 ** (self.halvings + (not self.is_base) + self._halved)
 
     @property
     def device(self) -> torch.device:
@@ -200,6 +195,14 @@ class Level(nn.Module):
             std = self.pyramid.noise_std(self.halvings, self.is_base)
             self.noise.copy_((std / self.units.std).clamp(max=0.9))
         self.flow.calibrate(self.noise, self._cells())
+        y, condition, _ = self.prepare(x[:INITIALISE_ON])
+        self.flow.initialise(y, condition, self.solver)
+
+    @torch.no_grad()
+    def reorder(self, x: Tensor) -> None:
+        """Have the flow measure its orders on dequantised training images x."""
+        y, condition, _ = self.prepare(x)
+        self.flow.reorder(y, condition, self.solver)
 
     @property
     def noisy(self) -> bool:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from mrcnf.errors import UserError
-from mrcnf.flows import fields, paths
+from mrcnf.flows import fields, multiscale, paths, shuffle
 from mrcnf.image import noise, pyramids
 
 BASES = ("affine", "logit")
+FLOWS = ("continuous", "coupling")
 DEQUANTISATIONS = (*noise.NOISES, "variational")
 
 
@@ -101,3 +102,51 @@ class FieldConfig:
             raise UserError(
                 "field.scales, field.attention and field.lattice are the residual field's alone"
             )
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """The flow of one level; `FieldConfig` has its networks."""
+
+    kind: str = "continuous"
+    """continuous (a velocity field and an ODE) or coupling (affine couplings: exact, trained by
+    likelihood)."""
+    couplings: int = 4
+    """Couplings in sequence, at each scale of a split flow."""
+    splits: int = 0
+    """How often half of the channels leave, the sides halved each time; 0: a plain flow."""
+    shuffle: str = "none"
+    """Which channels leave: none (the last ones), random (a fixed order), learned (EIW-Flow's),
+    entropy (those of the largest measured entropy) or context (by each image's coarse image)."""
+    prior: str = "normal"
+    """Of what leaves: normal (standard), or conditional on what stays."""
+    reorder_every: int = 200
+    """Steps between measurements of the entropy order, in the first half of training; what was
+    measured last is kept."""
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("kind", self.kind, FLOWS),
+            ("shuffle", self.shuffle, shuffle.SHUFFLES),
+            ("prior", self.prior, multiscale.PRIORS),
+        ):
+            if value not in known:
+                raise UserError(f"flow.{name} {value!r}: choose one of {', '.join(known)}")
+        if min(self.couplings, self.reorder_every) < 1 or self.splits < 0:
+            raise UserError(
+                "flow.couplings and flow.reorder_every must be at least 1, flow.splits at least 0"
+            )
+        for name, value, plain in (
+            ("shuffle", self.shuffle, "none"),
+            ("prior", self.prior, "normal"),
+        ):
+            if value != plain and not self.splits:
+                raise UserError(
+                    f"flow.{name} = {value} is of split flows; set flow.splits to 1 or more"
+                )
+
+    def __str__(self) -> str:
+        name = f"coupling × {self.couplings}" if self.kind == "coupling" else self.kind
+        if not self.splits:
+            return f"{name} flow"
+        return f"{name} flow, {self.splits} splits (shuffle {self.shuffle}, prior {self.prior})"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from mrcnf.errors import UserError
 from mrcnf.image import pyramids
 from mrcnf.model.level import Level
-from mrcnf.model.settings import FieldConfig, ModelConfig
+from mrcnf.model.settings import FieldConfig, FlowConfig, ModelConfig
 
 T = TypeVar("T")
 
@@ -18,8 +18,8 @@ SHARED = ("channels", "nbits", "pyramid", "dequantisation", "base")
 """Entries of ModelConfig that every level of a model has alike. The resolutions must fit together
 as well, and `whiten` is each level's own: the axes that it found are in its file."""
 
-# Weights are taken over by a level that has, besides SHARED, the same field, whitening, place (base
-# level or not) and learned noise or none: `check_weights`.
+# Weights are taken over by a level that has, besides SHARED, the same flow, field, whitening, place
+# (base level or not) and learned noise or none: `check_weights`.
 
 
 class Origin(NamedTuple):
@@ -29,6 +29,7 @@ class Origin(NamedTuple):
     resolution: int
     model: ModelConfig
     field: FieldConfig
+    flow: FlowConfig
 
     @classmethod
     def of(cls, path: Path, metadata: dict[str, Any]) -> Origin:
@@ -39,7 +40,8 @@ class Origin(NamedTuple):
         """
         model = rebuilt(ModelConfig, metadata["model"], path)
         field = rebuilt(FieldConfig, metadata["field"], path)
-        return cls(path, metadata["resolution"], model, field)
+        flow = rebuilt(FlowConfig, metadata.get("flow", {}), path)  # newer than some files
+        return cls(path, metadata["resolution"], model, field, flow)
 
     @property
     def is_base(self) -> bool:
@@ -133,8 +135,9 @@ def check_weights(origin: Origin, learned_noise: bool, level: Level) -> None:
     Raises:
         UserError: the level is of another model or field.
     """
-    theirs = _alone(origin.model, origin.field, origin.is_base, learned_noise)
-    ours = _alone(level.model, level.field, level.is_base, level.learned_noise is not None)
+    theirs = _alone(origin.model, origin.flow, origin.field, origin.is_base, learned_noise)
+    learns_noise = level.learned_noise is not None
+    ours = _alone(level.model, level.flow_config, level.field, level.is_base, learns_noise)
     if differing := _differing(theirs, ours):
         key, found, wanted = differing
         raise UserError(
@@ -154,11 +157,12 @@ def _shared(model: ModelConfig) -> dict[str, Any]:
 
 
 def _alone(
-    model: ModelConfig, field: FieldConfig, is_base: bool, learned_noise: bool
+    model: ModelConfig, flow: FlowConfig, field: FieldConfig, is_base: bool, learned_noise: bool
 ) -> dict[str, Any]:
     """All that decides whether a level's weights fit another one."""
     own = {"whiten": model.whiten, "base level": is_base, "learned noise": learned_noise}
-    return {"field": dataclasses.asdict(field), **_shared(model), **own}
+    networks = {"flow": dataclasses.asdict(flow), "field": dataclasses.asdict(field)}
+    return {**networks, **_shared(model), **own}
 
 
 def _differing(theirs: dict[str, Any], ours: dict[str, Any]) -> tuple[str, Any, Any] | None:

@@ -48,6 +48,7 @@ def save_level(
     metadata = {
         "resolution": level.resolution,
         "model": dataclasses.asdict(level.model),
+        "flow": dataclasses.asdict(level.flow_config),
         "field": dataclasses.asdict(level.field),
         "solver": dataclasses.asdict(level.solver),
         "trace": dataclasses.asdict(level.trace),
@@ -173,6 +174,7 @@ def _build(
         origin.field,
         rebuilt(Solver, metadata["solver"], origin.path),
         rebuilt(Trace, metadata["trace"], origin.path),
+        origin.flow,
     )
     _fill(level, tensors, origin.path)
     return level

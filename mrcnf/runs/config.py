@@ -20,7 +20,7 @@ from typing import Any
 from mrcnf.errors import UserError
 from mrcnf.flows.solve import Solver
 from mrcnf.flows.trace import Trace
-from mrcnf.model.settings import FieldConfig, ModelConfig
+from mrcnf.model.settings import FieldConfig, FlowConfig, ModelConfig
 from mrcnf.runs.settings import (
     DataConfig,
     EvaluateConfig,
@@ -36,6 +36,7 @@ class Config:
     """The run's folder is runs/NAME unless --out says otherwise."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    flow: FlowConfig = dataclasses.field(default_factory=FlowConfig)
     field: FieldConfig = dataclasses.field(default_factory=FieldConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     train_solver: Solver = dataclasses.field(

@@ -11,7 +11,7 @@ from tiny import images, tiny, trained
 import mrcnf
 from mrcnf.errors import UserError
 from mrcnf.model.level import Level
-from mrcnf.model.settings import ModelConfig
+from mrcnf.model.settings import FlowConfig, ModelConfig
 from mrcnf.runs import agreement, checkpoint
 from mrcnf.runs.tensors import read_tensors, write_tensors
 from mrcnf.training import trainer as train
@@ -66,11 +66,12 @@ OTHERS = {
 }  # fmt: skip
 
 
-def origin(resolution, **changes):
+def origin(resolution, flow=None, **changes):
     """Of a level of a model of [2, 4], made with other settings."""
     settings = tiny()
     model = dataclasses.replace(settings.model, **{"channels": 1, **changes})
-    return agreement.Origin(Path(f"level-{resolution}"), resolution, model, settings.field)
+    path, flow = Path(f"level-{resolution}"), flow or settings.flow
+    return agreement.Origin(path, resolution, model, settings.field, flow)
 
 
 @pytest.mark.parametrize("key", agreement.SHARED)
@@ -92,6 +93,16 @@ def test_whitening_is_a_levels_own():
     assert "whiten is False" in refused(
         "level-4", lambda: agreement.check_weights(other, False, level)
     )
+
+
+def test_flows_are_a_levels_own_and_weights_are_of_one_flow():
+    coupling = FlowConfig("coupling")
+    other = origin(4, flow=coupling)
+    assert agreement.common_model([origin(2), other]).resolutions == (2, 4)
+    level = Level(origin(4).model, 4, tiny().field)
+    message = refused("level-4", lambda: agreement.check_weights(other, False, level))
+    assert "its flow is" in message and "'kind': 'coupling'" in message
+    agreement.check_weights(other, False, Level(origin(4).model, 4, tiny().field, flow=coupling))
 
 
 def test_every_setting_of_a_model_is_shared_or_not():
@@ -126,6 +137,8 @@ def test_settings_newer_than_a_file_have_their_defaults(rewritten, finished, tmp
     ("section", "change", "word"),
     [
         ("field", {"spin": 2}, "spin"),
+        ("flow", {"spin": 2}, "spin"),
+        ("flow", {"kind": "spline"}, "spline"),
         ("solver", {"spin": 2}, "spin"),
         ("trace", {"method": "guess"}, "guess"),
         ("model", {"pyramid": "laplacian"}, "laplacian"),
