@@ -43,12 +43,13 @@ def likelihood(
     Args:
         x, log_q: dequantised images (N, C, H, W) and their log q (N,), from `dequantise`.
         kinetic, frobenius: weights of ∫ mean f² dt and ∫ ‖∂f/∂y‖²_F / D dt
-            (Finlay et al. 2020, eq. 11).
+            (Finlay et al. 2020, eq. 11), of flows that are solved.
         steer: half-width of the uniform jitter of the end time (Ghosh et al. 2020); one draw
             per call.
 
     Returns:
-        the loss, a scalar, and its detached parts: `bpd`, `kinetic`, `frobenius`.
+        the loss, a scalar, and its detached parts: `bpd` and, of flows that have them, `kinetic`,
+        `frobenius` and `penalty` (`FlowResult.penalty`).
     """
     end = 1.0
     if steer:
@@ -59,12 +60,13 @@ def likelihood(
         x, solver=solver, trace=trace, end=end, regularise=regularise, generator=generator
     )
     bpd = bits_per_dim(level.bound(result, x, log_q), result.dims).mean()
-    parts = {"bpd": bpd.detach()}
-    loss = bpd
-    if regularise:
-        assert result.kinetic is not None and result.frobenius is not None
+    parts, loss = {"bpd": bpd}, bpd
+    if result.kinetic is not None and result.frobenius is not None:
         parts |= {"kinetic": result.kinetic.mean(), "frobenius": result.frobenius.mean()}
         loss = loss + kinetic * parts["kinetic"] + frobenius * parts["frobenius"]
+    if result.penalty is not None:
+        parts["penalty"] = result.penalty.mean()
+        loss = loss + parts["penalty"]
     return loss, {name: part.detach() for name, part in parts.items()}
 
 

@@ -30,7 +30,9 @@ def prepare_level(config: Config, resolution: int, images: Images) -> Level:
     generator = seeds.generator(seeds.seed_of(config.train.seed, resolution, "weights"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        level = Level(model, resolution, config.field, config.solver, config.trace)
+        level = Level(
+            model, resolution, config.field, config.solver, config.trace, config.flow
+        )
     chosen = torch.randperm(len(images), generator=generator)[:STANDARDISE_ON]
     x, _ = dequantise(
         images.pixels[chosen], nbits=model.nbits, kind=model.pixel_noise, generator=generator

@@ -125,8 +125,9 @@ class State:
                 "version; resume with the same data"
             )
         then = metadata["config"]
-        for section, now in (("model", self.config.model), ("field", self.config.field)):
-            table = to_table(rebuilt(type(now), then[section], path))
+        for section in ("model", "flow", "field"):
+            now = getattr(self.config, section)
+            table = to_table(rebuilt(type(now), then.get(section, {}), path))
             if table != to_table(now):
                 raise UserError(
                     f"{path} is a checkpoint of another model: its [{section}] is {table}"

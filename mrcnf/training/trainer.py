@@ -21,6 +21,7 @@ from mrcnf import files, runtime, seeds
 from mrcnf.data.datasets import Images
 from mrcnf.errors import UserError, out_of_memory
 from mrcnf.flows.solve import SolverError
+from mrcnf.image.noise import dequantise
 from mrcnf.runs import checkpoint
 from mrcnf.runs.config import Config, to_toml
 from mrcnf.training import objectives
@@ -30,6 +31,9 @@ from mrcnf.training.prepare import prepare_level
 from mrcnf.training.resume import State, newest, refuse_used
 from mrcnf.training.update import Update
 from mrcnf.training.watch import Watch
+
+REORDER_ON = 256
+"""Training images that a flow's orders are measured on."""
 
 
 class Trainer:
@@ -160,11 +164,34 @@ class Trainer:
     def step(self) -> dict[str, Tensor]:
         """One optimiser step; returns detached scalars on the device."""
         self.begin()
+        if self._reorders():
+            self._reorder()
         self.update.optimizer.zero_grad()
         losses = self._gradients()
         norm = self.update.apply(self.step_number, self.learning_rate)
         self.step_number += 1
         return losses | {"gradient_norm": norm}
+
+    def _reorders(self) -> bool:
+        """Whether orders of the flow are to be measured before this step."""
+        due = self.step_number % self.config.flow.reorder_every == 0
+        return self.level.flow.reorders and due and self.progress < 0.5
+
+    def _reorder(self) -> None:
+        seed = seeds.seed_of(self.train.seed, self.resolution, f"{self.step_number}/order")
+        generator, model = seeds.generator(seed, self.device), self.level.model
+        chosen = torch.randint(
+            len(self.images), (REORDER_ON,), generator=generator, device=self.device
+        )
+        x, _ = dequantise(
+            objectives.augment(
+                self.images[chosen], self.train.flip, self.train.crop, generator
+            ),
+            nbits=model.nbits,
+            kind=model.pixel_noise,
+            generator=generator,
+        )
+        self.level.reorder(x)
 
     def _gradients(self) -> dict[str, Tensor]:
         """Leave a batch's gradients in the parameters; returns its loss and the loss's parts."""
