@@ -35,6 +35,13 @@ def tiny_run(tmp_path_factory):
         images = Images(pixels, "noise", "train")
         run = folder / "runs/demo"
         train.Trainer(from_table(table), resolution, images, run, test=images).run(progress=False)
+    split = {
+        **table,
+        "model": {"resolutions": [32]},
+        "flow": {"kind": "coupling", "couplings": 1, "splits": 1},
+        "train": {**table["train"], "objective": "likelihood"},
+    }
+    train.Trainer(from_table(split), 32, images, folder / "runs/splits").run(progress=False)
     return folder
 
 

@@ -1,16 +1,26 @@
-"""The commands that look at what is there: info, compare, check."""
+"""The commands that look at what is there: info, compare, entropy, check."""
 
 from __future__ import annotations
 
+import sys
 from json import dumps
 from pathlib import Path
 
 from mrcnf import files
-from mrcnf.cli.common import Paths, Run
+from mrcnf.cli.common import Overrides, Paths, Run
+from mrcnf.data.imagefile import check_png
+from mrcnf.errors import UserError
 from mrcnf.measure import check as checks
+from mrcnf.measure.entropy import entropies, splitting
+from mrcnf.measure.evaluate import set_solvers
+from mrcnf.model.settings import FlowConfig
 from mrcnf.report import compare as comparison
 from mrcnf.report import plot
 from mrcnf.runs import checkpoint
+from mrcnf.runs.agreement import rebuilt
+from mrcnf.runs.config import override
+from mrcnf.runs.extend import finest_config
+from mrcnf.runs.images import open_images
 
 
 def info(run: Run) -> None:
@@ -22,8 +32,9 @@ def info(run: Run) -> None:
     for resolution, metadata in checkpoint.describe(run).items():
         weights = checkpoint.level_folder(run, resolution) / checkpoint.WEIGHTS
         field = ", ".join(f"{key} {value}" for key, value in metadata["field"].items())
+        flow = rebuilt(FlowConfig, metadata.get("flow", {}), weights)
         print(
-            f"level {resolution}: {metadata['parameters']:,} parameters ({field}); "
+            f"level {resolution}: {metadata['parameters']:,} parameters ({flow}; field: {field}); "
             f"{metadata['objective']}, step {metadata['step']} of {metadata['steps']}"
             f"{' (unfinished)' if metadata['step'] < metadata['steps'] else ''}, "
             f"{metadata['seconds'] / 60:.1f} min; {metadata['data_name']} "
@@ -42,6 +53,54 @@ def compare(runs: Paths, out: Path | None = None) -> None:
     if out is not None:
         plot.bpd_curves(out, runs)
     print(comparison.table(rows))
+
+
+def entropy(
+    runs: Paths,
+    data: str = "",
+    limit: int = 1000,
+    batch: int = 100,
+    json: Path | None = None,
+    out: Path | None = None,
+    overrides: Overrides = (),
+) -> None:
+    """What leaves split flows, and what stays: the entropy of every channel, on test images.
+
+    Args:
+        runs: run folders with a split level.
+        data: name of the images; each run's training data by default.
+        limit: use the first so many images, 0 for all.
+        batch: images at once.
+        json: file to write the numbers to.
+        out: PNG file for the figure, a panel for each split.
+        overrides: settings of data, solver and trace, section.key=value.
+    """
+    if not runs:
+        raise UserError("no runs to look at; name at least one run folder")
+    if out is not None:
+        check_png(out)
+    given = [f"data.name={dumps(data)}"] if data else []
+    opened = []
+    for run in runs:
+        levels = splitting(checkpoint.load(run))
+        set_solvers(levels, override({}, overrides))
+        settings = finest_config(run, [*given, *overrides])
+        opened.append((levels, open_images(settings.data, levels[0].model, "test")))
+    found = []
+    for run, (levels, images) in zip(runs, opened, strict=True):
+        pixels = images.pixels[: limit or None]
+        found.append(entropies(levels, pixels, batch=batch, progress=sys.stderr.isatty()))
+        print(f"{run}, {len(pixels)} images of {images.name}")
+        for split in found[-1]:
+            print(f"  {split}")
+    if json is not None:
+        table = {
+            str(run): [split.to_dict() for split in splits]
+            for run, splits in zip(runs, found, strict=True)
+        }
+        files.write(json, dumps(table, indent=2) + "\n")
+    if out is not None:
+        plot.split_entropies(out, dict(zip(comparison.labels(runs), found, strict=True)))
 
 
 def check(json: Path | None = None) -> None:

@@ -62,6 +62,8 @@ def evaluate(
         model = [checkpoint.load_level(run, level, where)] if level else checkpoint.load(run, where)
         levels = list(model)
         evaluation.set_solvers(levels, configuration.override({}, overrides))
+        if convergence:
+            evaluation.check_solved(levels)
         images = open_images(settings.data, levels[0].model, split)
         how = settings.evaluate
         result = evaluation.evaluate(

@@ -32,7 +32,8 @@ class LevelReport:
     """Its share of the total, in bits per dimension of the finest image; shares add up."""
     bpd_stderr: float
     nfe: float
-    """Evaluations of the velocity per solve, mean over batches."""
+    """Evaluations of the velocity per solve, mean over batches; a flow that is not solved is
+    evaluated once."""
     rejected: float
     """Rejected steps per solve, mean over batches."""
     solver: str
@@ -139,7 +140,7 @@ def evaluate(
         evaluations, rejected = costs[i]
         reports.append(
             LevelReport(
-                level.resolution, mean, error, evaluations, rejected, str(level.solver)
+                level.resolution, mean, error, evaluations, rejected, _solver(level)
             )
         )
     mean, error = mean_and_error(bits.sum(0), images.groups)
@@ -151,7 +152,9 @@ def evaluate(
         error_over="photographs" if _grouped(images.groups) else "images",
         levels=reports,
         draws=draws,
-        trace=_common(str(level.trace) for level in levels),
+        trace=_common(
+            str(level.trace) if level.flow.solved else "exact" for level in levels
+        ),
         solver=_common(report.solver for report in reports),
         seconds=time.perf_counter() - started,
     )
@@ -187,8 +190,12 @@ def convergence(
 
     Noise and probes are the same throughout, so the differences are the solver's alone; their
     standard errors are over images. Rows: solver, bpd, difference from the row before.
+
+    Raises:
+        UserError: as `check_solved`.
     """
     levels = list(levels)
+    check_solved(levels)
     rows: list[dict[str, Any]] = []
     before: Tensor | None = None
     solvers: dict[int, Solver] = {level.resolution: level.solver for level in levels}
@@ -199,7 +206,9 @@ def convergence(
         mean, error = mean_and_error(difference, None)
         rows.append(
             {
-                "solver": _common(str(solvers[level.resolution]) for level in levels),
+                "solver": _common(
+                    str(solvers[level.resolution]) for level in levels if level.flow.solved
+                ),
                 "bpd": float(total.mean()),
                 "difference": mean,
                 "difference_stderr": error,
@@ -211,6 +220,14 @@ def convergence(
         before = total
         solvers = {resolution: solver.finer() for resolution, solver in solvers.items()}
     return rows
+
+
+def check_solved(levels: Iterable[Level]) -> None:
+    """A UserError unless some level has a solver, for `convergence` to make finer."""
+    if not any(level.flow.solved for level in levels):
+        raise UserError(
+            "--convergence: no level of this run has a solver, their bits are exact; leave it out"
+        )
 
 
 def mean_and_error(values: Tensor, groups: Tensor | None) -> tuple[float, float]:
@@ -280,6 +297,10 @@ def _bits(
 def level_bits(level: Level, images: Tensor, *, batch: int = 100, seed: int = 0) -> Tensor:
     """One level's share of the bits per finest dimension, (N,), without the other levels."""
     return _bits([level], images, batch, 1, seed)[0][0]
+
+
+def _solver(level: Level) -> str:
+    return str(level.solver) if level.flow.solved else "no solver: one pass"
 
 
 def _grouped(groups: Tensor | None) -> bool:

@@ -1,10 +1,10 @@
-"""Every figure: upscaling panels, training curves, runs beside each other."""
+"""Every figure: upscaling panels, training curves, entropies, runs beside each other."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from mrcnf import files
 from mrcnf.data.imagefile import check_png
 from mrcnf.errors import UserError
 from mrcnf.image.grid import enlarge
+from mrcnf.measure.entropy import NORMAL, SplitEntropy
 from mrcnf.report import compare
 from mrcnf.runs import checkpoint, metrics
 
@@ -130,6 +131,40 @@ def bpd_curves(path: Path, runs: Sequence[Path]) -> None:
     shown = [handles[i] for i in sorted(handles)]
     figure.legend(handles=shown, loc="outside right upper", frameon=False, fontsize=8)
     _save(figure, path)
+
+
+def split_entropies(path: Path, runs: Mapping[str, Sequence[SplitEntropy]]) -> None:
+    """Entropies of the channels that stay and leave, a panel for each split, runs side by side.
+
+    A point is a channel, a bar the mean of those beside it; the broken line is the entropy of a
+    standard normal number.
+    """
+    keys = list(dict.fromkeys((s.resolution, s.split) for splits in runs.values() for s in splits))
+    size = (1.2 + 0.9 * len(runs)) * len(keys), 3.6
+    figure, axes = _pyplot().subplots(
+        1, len(keys), figsize=size, squeeze=False, sharey=True, layout="constrained"
+    )
+    for axis, key in zip(axes[0], keys, strict=True):
+        axis.axhline(NORMAL, color="0.5", linestyle="--", linewidth=1)
+        for x, splits in enumerate(runs.values()):
+            for split in splits:
+                if (split.resolution, split.split) == key:
+                    _channels(axis, x - 0.16, split.stays, COLOURS[0], "stays")
+                    _channels(axis, x + 0.16, split.leaves, COLOURS[1], "leaves")
+        axis.set_title(f"level {key[0]}, split {key[1]}", fontsize=10)
+        axis.set_xticks(range(len(runs)), list(runs), fontsize=8)
+        axis.grid(alpha=0.3, axis="y")
+    axes[0][0].set_ylabel("entropy of a channel [nats]")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    named = dict(zip(labels, handles, strict=True))
+    figure.legend(named.values(), named, loc="outside right upper", frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _channels(axis, x: float, values: Sequence[float], colour: str, label: str) -> None:  # type: ignore[no-untyped-def]
+    axis.plot([x] * len(values), values, "o", ms=3, alpha=0.5, color=colour, label=label)
+    mean = sum(values) / len(values)
+    axis.plot([x - 0.11, x + 0.11], [mean, mean], color=colour, linewidth=2)
 
 
 def line_style(i: int) -> dict[str, str]:

@@ -27,7 +27,7 @@ def test_help_names_every_command(capsys):
     listed = re.findall(r"• (\w+) ", said)
     assert listed == [
         "demo", "train", "extend", "assemble", "evaluate", "sample", "upscale", "info", "compare",
-        "check",
+        "entropy", "check",
     ]  # fmt: skip
 
 

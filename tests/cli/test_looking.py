@@ -19,7 +19,7 @@ def test_info_needs_only_the_weights(run, capsys):
     level = mrcnf.load(run).level(4)
     count = sum(p.numel() for p in level.parameters())
     assert said.count("\n") == 2
-    assert f"level 4: {count:,} parameters (kind residual, width 4, depth 1" in said
+    assert f"level 4: {count:,} parameters (continuous flow; field: kind residual, width 4" in said
     assert "flow-matching, step 4 of 4" in said and "npz:" in said
 
 

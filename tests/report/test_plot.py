@@ -7,6 +7,7 @@ import torch
 from tiny import smooth_images
 
 from mrcnf.data.imagefile import read_image
+from mrcnf.measure.entropy import NORMAL, SplitEntropy
 from mrcnf.report import plot
 
 
@@ -96,3 +97,27 @@ def test_a_panel_shows_the_pixels_it_was_given(tmp_path):
 def test_the_running_mean_has_no_start_bias():
     assert plot.smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0] * 3)
     assert plot.smooth([0.0, 1.0], decay=0.5) == pytest.approx([0.0, 1 / 1.5])
+
+
+def test_entropies_have_a_panel_for_each_split_and_a_point_for_each_channel(tmp_path, drawn):
+    one = SplitEntropy(8, 1, [1.0, 2.0], [0.5, 0.1], [1.5, 2.5], 0.7)
+    two = SplitEntropy(8, 2, [1.0, 2.0, 3.0, 4.0], [0.1, 0.2, 0.3, 0.4], [2.0] * 4, 0.3)
+    plot.split_entropies(tmp_path / "entropy.png", {"none": [one, two], "learned": [two]})
+    (figure,) = drawn
+    first, second = figure.axes
+    assert [axis.get_title() for axis in figure.axes] == ["level 8, split 1", "level 8, split 2"]
+
+    def points(axis, label):
+        return [list(line.get_ydata()) for line in axis.lines if line.get_label() == label]
+
+    assert points(first, "leaves") == [one.leaves] and points(first, "stays") == [one.stays]
+    assert points(second, "leaves") == [two.leaves] * 2
+    places = [line.get_xdata()[0] for line in second.lines if line.get_label() == "leaves"]
+    assert places == pytest.approx([0.16, 1.16])
+    means = [line.get_ydata()[0] for line in first.lines if line.get_linewidth() == 2]
+    assert means == pytest.approx([0.3, 1.5])
+    broken = [line.get_ydata()[0] for line in first.lines if line.get_linestyle() == "--"]
+    assert broken == pytest.approx([NORMAL])
+    assert [text.get_text() for text in second.get_xticklabels()] == ["none", "learned"]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["stays", "leaves"]
