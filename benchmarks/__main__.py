@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, scaling, solves, steps
+from benchmarks import couplings, machine, scaling, solves, steps
 from benchmarks.workload import Workload, paper_model
 
-WORKS = ("ml_step", "fm_step", "evaluate", "sample", "scale")
+WORKS = ("ml_step", "fm_step", "coupling_step", "evaluate", "sample", "scale")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,10 +59,11 @@ def measure(device: str, wanted: list[str], options: argparse.Namespace) -> list
     work = paper_model(device, batch, training)
     about = {"device": device, **environment(device), **work.about, "quick": quick}
     print(f"# {about}\n# {convolutions(work)}")
-    print(f"{'work':9}{'ratio':>7} {'(min–max)':>13}{'ours':>10}{'reference':>11}{'MiB':>7}  what")
+    print(f"{'work':14}{'ratio':>7} {'(min–max)':>13}{'ours':>10}{'reference':>11}{'MiB':>7}  what")
     makers = {
         "ml_step": lambda: steps.ml_rows(work, repeats, quick),
         "fm_step": lambda: steps.fm_rows(work, repeats),
+        "coupling_step": lambda: couplings.coupling_rows(device, batch, repeats),
         "evaluate": lambda: solves.evaluate_rows(work, repeats, quick),
         "sample": lambda: solves.sample_rows(work, repeats),
         "scale": lambda: scaling.scale_rows(device, 1 if quick else 3, quick),
@@ -103,7 +104,7 @@ def show(row: dict[str, Any]) -> None:
         extra = f" · {row['share_of_convolutions']:.0%} of bare convolutions"
     spread = f"({row['ratio_min']:.1f}–{row['ratio_max']:.1f})"
     print(
-        f"{row['work']:9}{row['ratio']:6.1f}× {spread:>13}{row['seconds']:9.4f}s"
+        f"{row['work']:14}{row['ratio']:6.1f}× {spread:>13}{row['seconds']:9.4f}s"
         f"{row['reference_seconds']:10.4f}s{row['peak_bytes'] / 2**20:7.0f}  {row['name']}{extra}",
         flush=True,
     )
