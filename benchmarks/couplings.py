@@ -56,7 +56,7 @@ def _row(
         "reference_peak_bytes": peak_bytes(works["reference"], x.device),
         "images": len(x),
         "nfe": 1,
-        "parameters": parameters(level),
+        "level_parameters": parameters(level),
         "reference_parameters": parameters(field),
         "settings": "exact likelihood",
         "reference_settings": f"residual field of {depth} blocks; flow matching",
