@@ -16,7 +16,7 @@ from mrcnf.data.imagefile import save_image
 from mrcnf.data.reduce import average
 from mrcnf.image.grid import grid
 from mrcnf.measure import evaluate
-from mrcnf.measure.classical import classical_bits
+from mrcnf.measure.classical import available, classical_sizes
 from mrcnf.model.model import MultiResolutionFlow
 from mrcnf.report import plot
 from mrcnf.runs import checkpoint, config
@@ -61,10 +61,8 @@ def _digits(result: evaluate.Evaluation | evaluate.LevelReport) -> str:
 
 
 def _report(result: evaluate.Evaluation, images: Tensor, seconds: float) -> str:
-    classical = [
-        (name, *(classical_bits(images, form, mosaic=mosaic) for mosaic in (True, False)))
-        for name, form in (("PNG", "PNG"), ("lossless WebP", "WEBP"))
-    ]
+    formats, left_out = available()
+    classical = classical_sizes(images, formats)
     step, side = result.convergence[-1], images.shape[-1]
     lines = [
         "# mrcnf demo",
@@ -75,8 +73,13 @@ def _report(result: evaluate.Evaluation, images: Tensor, seconds: float) -> str:
         "| | bits/dim |",
         "|---|---|",
         f"| **this model** | **{_digits(result)}** |",
-        *[f"| {name}, all images in one mosaic | {tiled:.3f} |" for name, tiled, _ in classical],
-        *[f"| {name}, one file per image | {alone:.3f} |" for name, _, alone in classical],
+        *[
+            f"| {size.name}, {how} | {size.bits_per_dim:.3f} |"
+            for mosaic, how in ((True, "all images in one mosaic"), (False, "one file per image"))
+            for size in classical
+            if size.mosaic == mosaic
+        ],
+        *(["", f"({left_out}.)"] if left_out else []),
         "",
         "| level | share of the bits/dim | NFE |",
         "|---|---|---|",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,3 +34,36 @@ def write(path: Path, data: bytes | str) -> None:
             raise
         reason = error.strerror or error
         raise UserError(f"{path}: cannot be written ({reason}); choose another place") from None
+
+
+def write_all(folder: Path, contents: Iterable[tuple[str, bytes]]) -> None:
+    """Write files into a folder, which is made if missing: all of them or none.
+
+    Args:
+        contents: names without folders, and bytes, made one after another.
+
+    Raises:
+        UserError: they cannot be written; then what was there before still is.
+    """
+    temporary = folder / f".{os.getpid()}.tmp"
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        temporary.mkdir(parents=True)
+        names = []
+        for name, data in contents:
+            if (folder / name).is_dir():
+                raise IsADirectoryError(0, f"{name} is a folder")
+            (temporary / name).write_bytes(data)
+            names.append(name)
+        for name in names:
+            os.replace(temporary / name, folder / name)
+        temporary.rmdir()
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+        if not isinstance(error, OSError):
+            raise
+        why = error.strerror or error
+        raise UserError(f"{folder}: cannot be written to ({why}); choose another place") from None

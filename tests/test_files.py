@@ -37,3 +37,21 @@ def test_a_folder_is_no_file(tmp_path):
     for path in (tmp_path, Path(".")):
         with pytest.raises(UserError, match="is a folder; name a file"):
             writing.write(path, "x")
+
+
+def test_files_are_written_all_or_none(tmp_path):
+    (tmp_path / "a").write_text("old")
+    (tmp_path / "c").mkdir()
+    writing.write_all(tmp_path, [("a", b"1"), ("b", b"2")])
+    assert files(tmp_path) == {Path("a"): b"1", Path("b"): b"2"}
+    with pytest.raises(UserError, match="c is a folder"):
+        writing.write_all(tmp_path, [("a", b"3"), ("c", b"4")])
+
+    def broken():
+        yield "a", b"3"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        writing.write_all(tmp_path / "new" / "folder", broken())
+    assert files(tmp_path) == {Path("a"): b"1", Path("b"): b"2"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c"}

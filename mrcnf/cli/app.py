@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 
 import tyro
 
+from mrcnf.cli.coding import compress, decompress
 from mrcnf.cli.looking import check, compare, entropy, info
-from mrcnf.cli.training import assemble, demo, extend, train
+from mrcnf.cli.training import assemble, calibrate, demo, extend, train
 from mrcnf.cli.using import evaluate, sample, upscale
 from mrcnf.errors import TrainingError, UserError, out_of_memory
 from mrcnf.flows.solve import SolverError
@@ -23,8 +24,8 @@ from mrcnf.flows.solve import SolverError
 COMMANDS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
-        demo, train, extend, assemble, evaluate, sample, upscale, info, compare, entropy,
-        check,
+        demo, train, extend, assemble, calibrate, evaluate, sample, upscale, compress,
+        decompress, info, compare, entropy, check,
     )
 }  # fmt: skip
 """By name, in the order of `mrcnf --help`. Each reads its arguments, calls the library, and

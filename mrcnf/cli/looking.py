@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mrcnf import files
 from mrcnf.cli.common import Overrides, Paths, Run
+from mrcnf.codec import container
 from mrcnf.data.imagefile import check_png
 from mrcnf.errors import UserError
 from mrcnf.measure import check as checks
@@ -24,11 +25,14 @@ from mrcnf.runs.images import open_images
 
 
 def info(run: Run) -> None:
-    """What a run holds: levels, sizes, training, data.
+    """What a run holds: levels, sizes, training, data; or a compressed file: images, bits.
 
     Args:
-        run: a run folder.
+        run: a run folder, or a file that `mrcnf compress` wrote.
     """
+    if run.is_file():
+        print(container.describe(run))
+        return
     for resolution, metadata in checkpoint.describe(run).items():
         weights = checkpoint.level_folder(run, resolution) / checkpoint.WEIGHTS
         field = ", ".join(f"{key} {value}" for key, value in metadata["field"].items())

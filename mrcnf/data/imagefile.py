@@ -84,12 +84,37 @@ def save_image(path: str | Path, image: torch.Tensor) -> None:
     """
     path = Path(path)
     check_png(path)
+    files.write(path, encode_png(image))
+
+
+def encode_png(image: torch.Tensor) -> bytes:
+    """The bytes of a PNG file of uint8 (C, H, W), C = 1 or 3; ValueError for anything else."""
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(f"expected uint8 (1 or 3, H, W), not {image.dtype} {tuple(image.shape)}")
     array = np.ascontiguousarray(image.detach().cpu().permute(1, 2, 0).numpy())
     buffer = io.BytesIO()
     Image.fromarray(array[..., 0] if image.shape[0] == 1 else array).save(buffer, format="PNG")
-    files.write(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def decode_png(data: bytes, shape: tuple[int, int, int]) -> torch.Tensor:
+    """What `encode_png` was given, uint8 of `shape` (C, H, W).
+
+    Raises UserError for other bytes, for a PNG of another shape before any memory is taken for it.
+    """
+    channels, height, width = shape
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            if image.size != (width, height) or image.mode != {1: "L", 3: "RGB"}[channels]:
+                raise ValueError(f"{image.mode} {image.width}×{image.height}")
+            image.verify()
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            array = np.array(image).reshape(height, width, channels)
+    except Exception as error:  # a decoder raises anything on bytes that are none
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"a PNG of {width}×{height} inside is damaged ({reason}); get an intact "
+                        "copy") from None
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
 @contextmanager

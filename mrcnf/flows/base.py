@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,41 @@ class Lift(Step):
 
     def log_scale(self, y: Tensor) -> Tensor:
         return torch.zeros_like(y)
+
+
+class Sight(NamedTuple):
+    """The middle of a bridge as it is seen from one of its ends."""
+
+    y: Tensor
+    """Where it should be."""
+    half: Tensor
+    """Half of what is known of log(∂z/∂x), the piece's diagonal, shaped as y."""
+    coupling: Callable[[Tensor], Tensor] | None = None
+    """Its Jacobian between positions of one colour of a chequerboard and of the other, where it is
+    known: applied to a tensor shaped as y that is zero in one colour, good in the other."""
+
+
+class Bridge(ABC):
+    """A short piece of a flow over a point y in its middle, which both of its ends nearly know.
+
+    From x it leads to z = x + rise(y). With the sum rounded that is exact on any lattice for
+    every y, also for one that is noisy, and so a codec need not invert anything.
+    """
+
+    t: float
+    """The time of its middle: 0 data, 1 noise."""
+
+    @abstractmethod
+    def ahead(self, x: Tensor) -> Sight:
+        """y as x (N, C, H, W) sees it."""
+
+    @abstractmethod
+    def behind(self, z: Tensor) -> Sight:
+        """y as z sees it."""
+
+    @abstractmethod
+    def rise(self, y: Tensor) -> Tensor:
+        """z - x."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +208,12 @@ class Flow(nn.Module, ABC):
             seed: of the probes, which are the same whenever a step is asked.
             tolerance: largest element of forward(backward(z)) - z.
         """
+
+    def pieces(
+        self, condition: Tensor | None = None, solver: Solver | None = None
+    ) -> Iterator[Step | Bridge | Leave]:
+        """As `steps`, in the form that is coded best; `solver` as for `Flow.log_prob`."""
+        return self.steps(condition, solver)
 
     @abstractmethod
     def compile(self, **options: Any) -> None:

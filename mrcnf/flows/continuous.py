@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 from mrcnf import seeds
 from mrcnf.errors import UserError
 from mrcnf.flows import trace as tracing
-from mrcnf.flows.base import Flow, FlowResult, Step, log_normal
+from mrcnf.flows.base import Bridge, Flow, FlowResult, Sight, Step, log_normal
 from mrcnf.flows.solve import Solver, SolverError, State, Statistics, runge_kutta, solve, time_grid
 from mrcnf.flows.trace import Trace
-from mrcnf.flows.velocity import Conditioned, Field
+from mrcnf.flows.velocity import Conditioned, Field, Local
 
 
 class ContinuousFlow(Flow):
@@ -129,6 +130,22 @@ class ContinuousFlow(Flow):
                 )
         return iter(steps)
 
+    @torch.no_grad()
+    def pieces(
+        self, condition: Tensor | None = None, solver: Solver | None = None
+    ) -> Iterator[MidpointStep]:
+        solver = solver or Solver()
+        if not solver.steps:
+            raise UserError(
+                f"{self.name}: adaptive steps depend on the images, which a codec does not know "
+                "yet; set solver steps > 0"
+            )
+        points, found = time_grid(solver, 0.0, 1.0).tolist(), list[MidpointStep]()
+        for field in self:
+            rates = _Rates(Conditioned(field, condition))
+            found += [MidpointStep(rates, solver.method, *ends) for ends in pairwise(points)]
+        return iter(found)
+
     def velocity(self, t: Tensor, y: Tensor, condition: Tensor | None = None) -> Tensor:
         self.check_velocity()
         return self.fields[0](t, y, condition)
@@ -231,6 +248,63 @@ class ShortSolve(Step):
         generator = seeds.generator(self.seed, y.device)
         diagonal = tracing.diagonal(push, y, self.trace, generator)
         return diagonal.clamp_min(self.SMALLEST).log()
+
+
+class MidpointStep(Bridge):
+    """The midpoint rule z = x + h·f(t + h/2, y), its middle found from both ends.
+
+    y is x and half a step forwards, or z and half a step back, by another rule. What they differ
+    by should be small against the noise that y is coded with: h³/8·|d²f/dt²| for Euler steps,
+    that need no more than f at the ends, which neighbouring steps share.
+
+    Args:
+        rates: of the field with its condition; the steps of one field share them.
+        method: of `solve.FIXED`, for the halves.
+        start, end: times.
+    """
+
+    def __init__(self, rates: _Rates, method: str, start: float, end: float) -> None:
+        self.rates, self.method, self.start, self.end = rates, method, start, end
+        self.t = (start + end) / 2
+
+    @torch.no_grad()
+    def ahead(self, x: Tensor) -> Sight:
+        return self._middle(x, self.start)
+
+    @torch.no_grad()
+    def behind(self, z: Tensor) -> Sight:
+        return self._middle(z, self.end)
+
+    @torch.no_grad()
+    def rise(self, y: Tensor) -> Tensor:
+        return (self.end - self.start) * self.rates.velocity(y.new_tensor(self.t), y)
+
+    def _middle(self, at: Tensor, t: float) -> Sight:
+        local, h = self.rates.at(t, at), self.end - self.start
+        (y,) = runge_kutta(
+            self.method, partial(_rate, self.rates.velocity), at.new_tensor(t),
+            at.new_tensor(self.t - t), (at,), first=(local.value,),
+        )  # fmt: skip
+        near = local.neighbours
+        coupling = None if near is None else lambda noise: h * near.apply(noise)
+        return Sight(y, h / 2 * local.diagonal, coupling)
+
+
+class _Rates:
+    """A field's velocity, and what was found out about it at the last point asked for.
+
+    Where one step ends the next begins: what both want to know there is computed once.
+    """
+
+    def __init__(self, velocity: Conditioned) -> None:
+        self.velocity = velocity
+        self._last: tuple[float, Tensor, Local] | None = None
+
+    def at(self, t: float, y: Tensor) -> Local:
+        """See `Field.local`; y is known again by its identity."""
+        if self._last is None or self._last[0] != t or self._last[1] is not y:
+            self._last = t, y, self.velocity.local(y.new_tensor(t), y)
+        return self._last[2]
 
 
 def _rate(velocity: Conditioned, t: Tensor, state: State) -> State:

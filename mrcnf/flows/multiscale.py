@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mrcnf.flows import shuffle as shuffles
-from mrcnf.flows.base import Flow, FlowResult, Leave, Step, log_normal
+from mrcnf.flows.base import Bridge, Flow, FlowResult, Leave, Step, log_normal
 from mrcnf.flows.shuffle import Reordering, Shuffle
 from mrcnf.flows.solve import Solver, Statistics
 from mrcnf.flows.squeeze import Squeeze, squeeze, unsqueeze
@@ -207,12 +207,20 @@ class MultiscaleFlow(Flow):
         seed: int = 0,
         tolerance: float = 1e-6,
     ) -> Iterator[Step | Leave]:
+        how = {"trace": trace, "tolerance": tolerance}
         for i, told in enumerate(self._told(condition)):
             yield Squeeze()
-            found = self._flow(i).steps(
-                told, solver, trace=trace, seed=seed + 1000 * i, tolerance=tolerance
-            )
-            yield from found
+            yield from self._flow(i).steps(told, solver, seed=seed + 1000 * i, **how)  # type: ignore[arg-type]
+            if i < self.splits:
+                yield from self._gate(i).steps(told)
+
+    @torch.no_grad()
+    def pieces(
+        self, condition: Tensor | None = None, solver: Solver | None = None
+    ) -> Iterator[Step | Bridge | Leave]:
+        for i, told in enumerate(self._told(condition)):
+            yield Squeeze()
+            yield from self._flow(i).pieces(told, solver)
             if i < self.splits:
                 yield from self._gate(i).steps(told)
 

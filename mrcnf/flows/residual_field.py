@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from mrcnf.flows import paths
 from mrcnf.flows.lattice_features import Lattice
+from mrcnf.flows.near_diagonal import NearDiagonal
 from mrcnf.flows.residual_blocks import ResidualBlocks, coarse_network, hidden_weights
 from mrcnf.flows.tangents import Dual, normalise
-from mrcnf.flows.velocity import Field
+from mrcnf.flows.velocity import Field, Local
 
 
 class ResidualField(ResidualBlocks, Field):
@@ -46,6 +47,8 @@ class ResidualField(ResidualBlocks, Field):
     """
 
     noise: Tensor
+    near: NearDiagonal | None
+    """A head that a codec asks for the Jacobian; None until one is fitted."""
 
     def __init__(
         self,
@@ -61,7 +64,7 @@ class ResidualField(ResidualBlocks, Field):
         super().__init__(
             channels + 2 * lattice, 2 * channels, width, depth, scales, attention
         )
-        self.path = path
+        self.channels, self.path = channels, path
         self.lattice = Lattice(channels, coarse_channels, lattice) if lattice else None
         self.time = nn.Sequential(
             nn.Linear(TIME_FEATURES, 2 * width), nn.SiLU(),
@@ -72,6 +75,7 @@ class ResidualField(ResidualBlocks, Field):
             if coarse_channels
             else None
         )
+        self.near = None
         self.register_buffer("noise", torch.zeros(channels, 1, 1))
         nn.init.zeros_(self.time[-1].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.time[-1].bias)  # type: ignore[arg-type]
@@ -94,6 +98,36 @@ class ResidualField(ResidualBlocks, Field):
         return [*super().hidden_weights(), *hidden_weights(self.coarse)]
 
     def run(self, t: Tensor, y: Dual, context: Tensor | None) -> Dual:
+        gain, _, rest, _ = self._parts(t, y, context)
+        return y * gain + rest
+
+    def local(self, t: Tensor, y: Tensor, context: Tensor | None) -> Local:
+        gain, log_spread, rest, features = (
+            part.value for part in self._parts(t, Dual(y), context)
+        )
+        value = (y * gain + rest).to(y.dtype)
+        if self.near is None:
+            return Local(value, gain.to(y.dtype))
+        time = time_features(t.to(y.dtype).reshape(-1))
+        diagonal, _, neighbours = self.near(features, gain, log_spread, time)
+        return Local(value, diagonal, neighbours)
+
+    def features(
+        self, t: Tensor, y: Dual, context: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Dual]:
+        """What `near` is given, and f(t, y)."""
+        gain, log_spread, rest, features = self._parts(t, y, context)
+        time = time_features(t.to(y.value.dtype).reshape(-1))
+        return (features.value, gain.value, log_spread.value, time), y * gain + rest
+
+    def new_near(self) -> NearDiagonal:
+        """A head for this field, to be fitted; nothing uses it before it is `near`."""
+        return NearDiagonal(self.width, self.channels, TIME_FEATURES)
+
+    def _parts(
+        self, t: Tensor, y: Dual, context: Tensor | None
+    ) -> tuple[Dual, Dual, Dual, Dual]:
+        """g, log q and m·F, and the features that they are made from."""
         t = t.to(y.value.dtype)
         y = y.channels_last()
         path = paths.at(self.path, t.reshape(-1, 1, 1, 1), self.noise)
@@ -113,9 +147,10 @@ class ResidualField(ResidualBlocks, Field):
         hidden = self.through(
             hidden, maps, scales.split(self.widths, 1), shifts.split(self.widths, 1)
         )
-        answer, log_spread = self.last(normalise(hidden).silu()).chunk(2)
+        features = normalise(hidden).silu()
+        answer, log_spread = self.last(features).chunk(2)
         gain, size = _precondition(path, log_spread)
-        return y * gain + answer * size
+        return gain, log_spread, answer * size, features
 
 def _precondition(path: paths.Path, log_spread: Dual) -> tuple[Dual, Dual]:
     """g and m of `ResidualField` and their derivatives by log q."""

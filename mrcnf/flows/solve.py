@@ -213,11 +213,20 @@ def runge_kutta(
     h: Tensor,
     state: State,
     velocity: Callable[[Tensor, Tensor], Tensor] | None = None,
+    first: State | None = None,
 ) -> State:
-    """One step of a method of `FIXED` from t to t + h; `velocity` as for `solve`."""
+    """One step of a method of `FIXED` from t to t + h.
+
+    Args:
+        velocity: as for `solve`.
+        first: the rates at t, if they are known.
+    """
     nodes, coefficients, weights = _TABLEAUS[method]
     slopes: list[State] = []
-    for node, row, weight in zip(nodes, coefficients, weights, strict=True):
+    if first is not None:
+        slopes.append(first)
+    stages = list(zip(nodes, coefficients, weights, strict=True))
+    for node, row, weight in stages[len(slopes) :]:
         now = t + node * h
         if velocity is None:
             slopes.append(dynamics(now, _combine(state, h, row, slopes)))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mrcnf.flows.base import Flow, FlowResult, Leave, Lift, Step
+from mrcnf.flows.base import Bridge, Flow, FlowResult, Leave, Lift, Sight, Step
 from mrcnf.flows.solve import Solver
 from mrcnf.flows.trace import Trace
 
@@ -81,12 +81,26 @@ class Tiled(Flow):
         tolerance: float = 1e-6,
     ) -> Iterator[Step | Leave]:
         tiles = None if condition is None else cut(condition, self.side)
+        found = self.flow.steps(tiles, solver, trace=trace, seed=seed, tolerance=tolerance)
+        for piece in self._tiled(found):
+            assert not isinstance(piece, Bridge)
+            yield piece
+
+    def pieces(
+        self, condition: Tensor | None = None, solver: Solver | None = None
+    ) -> Iterator[Step | Bridge | Leave]:
+        tiles = None if condition is None else cut(condition, self.side)
+        return self._tiled(self.flow.pieces(tiles, solver))
+
+    def _tiled(self, pieces: Iterator[Step | Bridge | Leave]) -> Iterator[Step | Bridge | Leave]:
         side = self.side
-        for step in self.flow.steps(tiles, solver, trace=trace, seed=seed, tolerance=tolerance):
-            if isinstance(step, Leave):
-                yield Leave(step.stays, partial(_prior, step, side))
+        for piece in pieces:
+            if isinstance(piece, Leave):
+                yield Leave(piece.stays, partial(_prior, piece, side))
+            elif isinstance(piece, Bridge):
+                yield _TiledBridge(piece, side)
             else:
-                tiled = (_TiledLift if isinstance(step, Lift) else _TiledStep)(step, side)
+                tiled = (_TiledLift if isinstance(piece, Lift) else _TiledStep)(piece, side)
                 yield tiled
                 side = tiled.after
 
@@ -129,6 +143,24 @@ class _TiledLift(_TiledStep, Lift):
 def _prior(leave: Leave, side: int, stays: Tensor) -> tuple[Tensor, Tensor]:
     mean, log_std = leave.prior(cut(stays, side))
     return join(mean, stays.shape, side), join(log_std, stays.shape, side)
+
+
+class _TiledBridge(Bridge):
+    def __init__(self, bridge: Bridge, side: int) -> None:
+        self.bridge, self.side, self.t = bridge, side, bridge.t
+
+    def ahead(self, x: Tensor) -> Sight:
+        return self._whole(self.bridge.ahead(cut(x, self.side)), x.shape)
+
+    def behind(self, z: Tensor) -> Sight:
+        return self._whole(self.bridge.behind(cut(z, self.side)), z.shape)
+
+    def rise(self, y: Tensor) -> Tensor:
+        return join(self.bridge.rise(cut(y, self.side)), y.shape, self.side)
+
+    def _whole(self, sight: Sight, shape: torch.Size) -> Sight:
+        # Couplings of tiles of odd sides would not be those of one chequerboard.
+        return Sight(join(sight.y, shape, self.side), join(sight.half, shape, self.side))
 
 
 def cut(x: Tensor, side: int) -> Tensor:

@@ -5,12 +5,25 @@ Every layer works on a `Dual`: a value and, when a trace is wanted, its tangents
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from mrcnf import runtime
+from mrcnf.flows.near_diagonal import Neighbours
 from mrcnf.flows.tangents import Dual
+
+
+class Local(NamedTuple):
+    """A field's value, and what is known of its Jacobian there."""
+
+    value: Tensor
+    """f(t, y), shaped as y."""
+    diagonal: Tensor
+    """An estimate of the diagonal of ∂f/∂y, shaped as y; it may be all zeros."""
+    neighbours: Neighbours | None = None
+    """An estimate of the couplings of positions that lie side by side."""
 
 
 class Field(nn.Module):
@@ -66,12 +79,16 @@ class Field(nn.Module):
         assert answer.tangents is not None
         return answer.value.to(y.dtype), answer.tangents.to(y.dtype)
 
+    def local(self, t: Tensor, y: Tensor, context: Tensor | None) -> Local:
+        """f(t, y) with as much of ∂f/∂y as comes for next to nothing; here, that is nothing."""
+        return Local(self.value(t, y, context), torch.zeros_like(y))
+
     def forward(self, t: Tensor, y: Tensor, coarse: Tensor | None = None) -> Tensor:
         return self.value(t, y, self.context(coarse))
 
     def compile(self, **options: Any) -> None:
         """Compile f as a whole, for flow matching, and in the parts that solvers call."""
-        runtime.compile_methods(self, "forward", "context", "value", "push", **options)
+        runtime.compile_methods(self, "forward", "context", "value", "local", "push", **options)
 
 
 class Conditioned:
@@ -82,6 +99,10 @@ class Conditioned:
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         return self.field.value(t, y, self.context)
+
+    def local(self, t: Tensor, y: Tensor) -> Local:
+        """f(t, y) and something about ∂f/∂y, see `Field.local`."""
+        return self.field.local(t, y, self.context)
 
     def push(self, t: Tensor, y: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
         """f(t, y) and J·e for tangents (K, N, …), in one pass."""

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from mrcnf.image import haar
 
-_PAIRS = ((0, 1), (2, 3), (0, 2), (1, 3))
+PAIRS = ((0, 1), (2, 3), (0, 2), (1, 3))
+"""Corners of a patch, of `haar.patches`, whose noise is bent in pairs, in this order."""
 
 
 class LearnedNoise(nn.Module):
@@ -36,7 +37,7 @@ class LearnedNoise(nn.Module):
     ) -> None:
         super().__init__()
         self.pairs = pairs
-        bends = len(_PAIRS) * pairs if pairs else channels
+        bends = len(PAIRS) * pairs if pairs else channels
         self.net = nn.Sequential(
             nn.Conv2d(channels + coarse_channels, width, 3, padding=1),
             nn.SiLU(),
@@ -61,33 +62,45 @@ class LearnedNoise(nn.Module):
         Returns:
             u', in [0, 1), and log|∂u'/∂u| (N,) in nats.
         """
-        seen = y if coarse is None else torch.cat((y, coarse), 1)
-        shift, log_slope = self.net(seen).to(u.dtype).chunk(2, dim=1)
+        shift, log_slope = (part.to(u.dtype) for part in self.bends(y, coarse))
         if not self.pairs:
-            bent, log_rise = _bend(u, shift, log_slope)
+            bent, log_rise = bend(u, shift, log_slope)
             return bent, log_rise.flatten(1).sum(1)
         corners, total = list(haar.patches(u)), torch.zeros_like(u[:, 0, 0, 0])
         below_one = 1 - torch.finfo(u.dtype).eps  # which rounding might reach
-        count = len(_PAIRS)
-        bends = zip(_PAIRS, shift.chunk(count, 1), log_slope.chunk(count, 1), strict=True)
+        count = len(PAIRS)
+        bends = zip(PAIRS, shift.chunk(count, 1), log_slope.chunk(count, 1), strict=True)
         for (one, other), a, b in bends:
             both = corners[one] + corners[other]
             low, size = (both - 1).clamp_min(0), torch.minimum(both, 2 - both)
             place = (corners[one] - low) / size.clamp_min(torch.finfo(u.dtype).tiny)
-            place, log_rise = _bend(place, a, b)
+            place, log_rise = bend(place, a, b)
             corners[one] = (low + size * place).clamp(0, below_one)
             corners[other] = (both - corners[one]).clamp(0, below_one)
             total = total + log_rise.flatten(1).sum(1)
         return haar.interleave(*corners), total
 
+    def bends(self, y: Tensor, coarse: Tensor | None) -> tuple[Tensor, Tensor]:
+        """a and b for all noise that `forward` bends; with `pairs`, for each of `PAIRS` in turn."""
+        seen = y if coarse is None else torch.cat((y, coarse), 1)
+        shift, log_slope = self.net(seen).chunk(2, dim=1)
+        return shift, log_slope
 
-def _bend(u: Tensor, shift: Tensor, log_slope: Tensor) -> tuple[Tensor, Tensor]:
+
+def bend(u: Tensor, shift: Tensor, log_slope: Tensor) -> tuple[Tensor, Tensor]:
     """σ(shift + e^log_slope·logit u) and the log of its derivative by u, element by element."""
     edge = torch.finfo(u.dtype).eps
     logit = u.clamp(edge, 1 - edge).logit()
     bent = shift + log_slope.exp() * logit
     log_rise = log_slope + _log_density(bent) - _log_density(logit)
     return bent.sigmoid().clamp(edge, 1 - edge), log_rise
+
+
+def unbend(bent: Tensor, shift: Tensor, log_slope: Tensor) -> Tensor:
+    """The u that `bend` takes there."""
+    edge = torch.finfo(bent.dtype).eps
+    logit = bent.clamp(edge, 1 - edge).logit()
+    return ((logit - shift) * (-log_slope).exp()).sigmoid()
 
 
 def _log_density(x: Tensor) -> Tensor:

@@ -60,6 +60,13 @@ def dequantise(
     return (integers + u.clamp(max=cell_end)) / levels, log_q
 
 
+def log_density(u: Tensor, kind: str) -> Tensor:
+    """log q(u) of a kind of noise (N, C, H, W) in cells, in nats, (N,)."""
+    if kind == "uniform":
+        return u.new_zeros(len(u))
+    return _log_truncated((u.double() - 0.5) / GAUSSIAN_STD).to(u.dtype)
+
+
 def quantise(x: Tensor, *, nbits: int = 8) -> Tensor:
     """Density units to uint8 images: the cell that x lies in, out-of-range values clamped.
 
@@ -93,6 +100,11 @@ def _truncated_gaussian(u: Tensor) -> tuple[Tensor, Tensor]:
     # The quantile function loses digits near ±1 in single precision.
     z = math.sqrt(2.0) * torch.erfinv((2 * u.double() - 1) * inside)
     z = z.clamp(-half_width, half_width)
+    return (0.5 + GAUSSIAN_STD * z).to(u.dtype), _log_truncated(z).to(u.dtype)
+
+
+def _log_truncated(z: Tensor) -> Tensor:
+    """The log-density (N,), in cell units, of noise that is z standard deviations off centre."""
+    inside = math.erf(0.5 / GAUSSIAN_STD / math.sqrt(2.0))
     log_norm = math.log(GAUSSIAN_STD * inside) + 0.5 * math.log(2 * math.pi)
-    log_q = (-0.5 * z**2 - log_norm).flatten(1).sum(1)
-    return (0.5 + GAUSSIAN_STD * z).to(u.dtype), log_q.to(u.dtype)
+    return (-0.5 * z**2 - log_norm).flatten(1).sum(1)

@@ -169,19 +169,29 @@ class Level(nn.Module):
             y, log_det = self.standardise(values)
             return y, condition, log_det
         # The noise is the coefficients' own, or that of the finest pixels.
-        own, scale = self.pyramid.own_noise, 2**self.model.nbits
-        cells = (values if own else x) * scale
+        cells = (values if self.pyramid.own_noise else x) * 2**self.model.nbits
         integers = cells.floor()
-
-        def flow_units(cells: Tensor) -> tuple[Tensor, Tensor]:
-            found = cells / scale
-            return self.standardise(found if own else self.coefficients(found)[0])
-
         noise, log_rise = self.learned_noise(
-            cells - integers, flow_units(integers + 0.5)[0], condition
+            cells - integers, self._of_cells(integers + 0.5)[0], condition
         )
-        y, log_det = flow_units(integers + noise)
+        y, log_det = self._of_cells(integers + noise)
         return y, condition, log_det + log_rise
+
+    def _of_cells(self, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Flow units and log|det| from what has learned noise, in cells."""
+        found = cells / 2**self.model.nbits
+        return self.standardise(
+            found if self.pyramid.own_noise else self.coefficients(found)[0]
+        )
+
+    def noise_bends(self, integers: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+        """How the learned noise bends noise in the cells of these integers: `LearnedNoise.bends`.
+
+        Args:
+            integers: the coefficients' own, or the finest pixels where they have the noise.
+        """
+        assert self.learned_noise is not None
+        return self.learned_noise.bends(self._of_cells(integers + 0.5)[0], condition)
 
     @torch.no_grad()
     def fit_standardisation(self, x: Tensor) -> None:
@@ -245,7 +255,7 @@ class Level(nn.Module):
     ) -> FlowResult:
         """Log-density of this level's coefficients of images x, as `Flow.log_prob`."""
         y, condition, log_det = self.prepare(x)
-        result = self._flow_of(y).log_prob(
+        result = self.flow_of(y).log_prob(
             y,
             condition,
             solver=solver or self.solver,
@@ -272,7 +282,7 @@ class Level(nn.Module):
         self, latent: Tensor, coarse: Tensor | None, solver: Solver | None = None
     ) -> Tensor:
         """Images in density units from noise (`latent_shape`) and the coarse image."""
-        y = self._flow_of(latent).transport(
+        y = self.flow_of(latent).transport(
             latent, self.condition(coarse), backwards=True, solver=solver or self.solver
         )
         values = self.units.invert(y)
@@ -281,9 +291,9 @@ class Level(nn.Module):
     def encode(self, x: Tensor, solver: Solver | None = None) -> Tensor:
         """The latent of this level's coefficients of images x."""
         y, condition, _ = self.prepare(x)
-        return self._flow_of(y).transport(y, condition, solver=solver or self.solver)
+        return self.flow_of(y).transport(y, condition, solver=solver or self.solver)
 
-    def _flow_of(self, y: Tensor) -> Flow:
+    def flow_of(self, y: Tensor) -> Flow:
         """The flow, in tiles where it is tied to another size than y's."""
         *_, side = self.latent_shape(self.model.finest, self.model.finest)
         if self.flow.tied_to_size and tuple(y.shape[2:]) != (side, side):

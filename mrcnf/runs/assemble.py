@@ -12,6 +12,7 @@ from torch import Tensor
 from mrcnf.errors import UserError
 from mrcnf.model.level import Level
 from mrcnf.runs import metrics
+from mrcnf.runs.calibration import HEADS
 from mrcnf.runs.checkpoint import CONFIG, WEIGHTS, find_levels, level_folder, load
 from mrcnf.runs.tensors import read_metadata, write_tensors
 
@@ -85,4 +86,4 @@ def _halved(path: Path, level: Level) -> dict[str, Tensor]:
 
 def _all_but_notes(_: str, names: list[str]) -> set[str]:
     """What of a level's folder a copy for use leaves out, or writes anew."""
-    return set(names) - {CONFIG, metrics.FILE}
+    return set(names) - {CONFIG, metrics.FILE, HEADS}

@@ -5,6 +5,7 @@
                  state.safetensors     everything that training needs to go on
                  config.toml           the resolved configuration, with the data's hash
                  metrics.jsonl         one line per log interval
+                 codec.safetensors     what `mrcnf calibrate` found out for the codec
 
 Levels are independent: any process may write its own level's folder, and folders copied
 together make a model. Files are written under a temporary name, then renamed.
@@ -27,6 +28,7 @@ from mrcnf.flows.trace import Trace
 from mrcnf.model.level import Level
 from mrcnf.model.model import MultiResolutionFlow
 from mrcnf.model.settings import ModelConfig
+from mrcnf.runs import calibration
 from mrcnf.runs.agreement import Origin, check_weights, common_model, rebuilt
 from mrcnf.runs.tensors import read_metadata, read_tensors, write_tensors
 
@@ -108,6 +110,8 @@ def load(
     loaded = [_read_level(path / WEIGHTS) for _, path in sorted(files.items())]
     model = common_model([origin for origin, _, _ in loaded])
     levels = [_build(model, *parts) for parts in loaded]
+    for level in levels:
+        calibration.attach(files[level.resolution], level)
     # For use: whoever wants gradients by the weights turns them on with requires_grad_().
     return MultiResolutionFlow(levels).to(device).eval().requires_grad_(False)
 

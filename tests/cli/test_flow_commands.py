@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from terminal import mrcnf_says, refused
-from tiny import TINY, smooth_images, write_npz
+from tiny import TINY, files, smooth_images, trained, write_npz
 
 import mrcnf
 from mrcnf import cli
@@ -16,6 +16,7 @@ from mrcnf.data.imagefile import read_image, save_image
 from mrcnf.measure import evaluate as evaluation
 from mrcnf.measure.entropy import entropies
 from mrcnf.report import plot
+from mrcnf.runs import calibration
 
 TABLE = """\
 [flow]
@@ -179,3 +180,22 @@ def test_a_run_is_extended_by_the_same_flow(split, tmp_path, capsys):
                f"data.name={bigger}", "train.steps=2")  # fmt: skip
     said = mrcnf_says(capsys, "info", tmp_path / "new")
     assert "level 16" in said and "shuffle context" in said.splitlines()[-1]
+
+
+def test_the_command_writes_heads_beside_the_weights(tmp_path, capsys):
+    data = write_npz(tmp_path / "data")
+    run = trained(tmp_path / "run", f"data.name={data}")
+    before = files(run)
+    said = mrcnf_says(capsys, "calibrate", run, "--steps", "3")
+    assert "level 2:" in said and "level 4:" in said
+    written = {path for path in files(run) if path not in before}
+    assert {path.name for path in written} == {calibration.HEADS} and len(written) == 2
+    assert {path: files(run)[path] for path in before} == before
+    assert mrcnf.load(run).level(4).flow.fields[0].near is not None
+
+
+def test_what_cannot_be_calibrated_is_one_line(tmp_path, capsys):
+    run = trained(tmp_path / "run", "field.kind=paper")
+    assert "no residual field" in refused(capsys, "calibrate", run)
+    assert "at least 1" in refused(capsys, "calibrate", run, "--steps", "0")
+    assert "no level 8" in refused(capsys, "calibrate", run, "--level", "8")

@@ -293,3 +293,22 @@ def test_saving_refuses_other_formats_shapes_and_places(tmp_path):
     for bad in (image.float(), image[None], image[:2]):
         with pytest.raises(ValueError, match="expected uint8"):
             save_image(tmp_path / "a.png", bad)
+
+
+@pytest.mark.parametrize("image", [COLOUR, GREY[..., None]], ids=["colour", "grey"])
+def test_png_bytes_give_the_pixels_back(image):
+    pixels = torch.from_numpy(image).permute(2, 0, 1)
+    data = images.encode_png(pixels)
+    again = images.decode_png(data, tuple(pixels.shape))
+    assert torch.equal(again, pixels) and again.is_contiguous()
+    spoilt = bytearray(data)
+    spoilt[len(data) // 2] ^= 1
+    channels, height, width = pixels.shape
+    for bytes_, shape in (
+        (data, (channels, height, width + 1)), (data, (4 - channels, height, width)),
+        (data[:-20], pixels.shape), (bytes(spoilt), pixels.shape), (b"", pixels.shape),
+        (png(2**20, 2**20, 8, 0, b""), pixels.shape), (encoded("BMP"), pixels.shape),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="inside is damaged") as error:
+            images.decode_png(bytes_, shape)
+        assert "\n" not in str(error.value)

@@ -108,7 +108,9 @@ def test_the_probability_is_the_same_under_any_noise(pyramid):
     assert abs(ratio.mean() - 1) < 4 * error
 
 
-@pytest.mark.parametrize("pyramid", ["integer", "exact"])
+@pytest.mark.parametrize(
+    "pyramid", [pytest.param("integer", marks=pytest.mark.slow), "exact"]
+)
 def test_shaped_noise_reaches_what_uniform_noise_cannot(pyramid):
     """Pixels in two values whose cells a smooth density cannot fill: a bound falls, not its truth.
 
@@ -141,7 +143,7 @@ def test_shaped_noise_reaches_what_uniform_noise_cannot(pyramid):
 
 
 @pytest.mark.parametrize("times", ["likelihood", "logit-normal"])
-@pytest.mark.parametrize("resolution", [1, 2])
+@pytest.mark.parametrize("resolution", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_flow_matching_trains_the_noise_on_the_bound(times, resolution):
     """The gradient by the learned of the loss is that of the evidence lower bound.
 

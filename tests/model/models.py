@@ -21,7 +21,7 @@ def build(resolutions=(2, 4), channels=1, size=0.1, solver=RK4, field=None, **mo
     levels = [Level(config, r, field, solver, Trace("exact")) for r in resolutions]
     model = awake(MultiResolutionFlow(levels), size)
     x, _ = dequantise(
-        images(64, config), nbits=config.nbits, kind=config.dequantisation, dtype=torch.float64
+        images(64, config), nbits=config.nbits, kind=config.pixel_noise, dtype=torch.float64
     )
     for level in model:
         level.fit_standardisation(x)

@@ -143,7 +143,12 @@ def every_binary_image():
 
 @pytest.mark.parametrize("kind", NOISES)
 @pytest.mark.parametrize(
-    "base, pyramid", [("affine", "exact"), ("logit", "exact"), ("affine", "integer")]
+    "base, pyramid",
+    [
+        ("affine", "exact"),
+        pytest.param("logit", "exact", marks=pytest.mark.slow),
+        ("affine", "integer"),
+    ],
 )
 def test_bounds_are_below_probabilities_and_samples_agree(base, pyramid, kind):
     """All 16 images of 2×2 bits: P(X) is how often X's cell is sampled, and bounds are below."""

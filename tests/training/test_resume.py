@@ -74,7 +74,9 @@ def test_kills_at_random_moments_change_nothing(recipe, tmp_path):
     resumed_equals_whole(recipe, run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_leaves_a_checkpoint(recipe, tmp_path, number):
     run = tmp_path / "stopped"
     log = run / "level-4" / "metrics.jsonl"
