@@ -12,12 +12,14 @@ from mrcnf.errors import UserError
 from mrcnf.flows import trace
 from mrcnf.flows.base import Flow
 from mrcnf.flows.continuous import ContinuousFlow
+from mrcnf.flows.coupling import CouplingFlow
+from mrcnf.flows.multiscale import MultiscaleFlow
 from mrcnf.flows.solve import Solver, SolverError
 from mrcnf.flows.trace import Trace
 from mrcnf.image import haar
 from mrcnf.model.level import Level
 from mrcnf.model.model import MultiResolutionFlow
-from mrcnf.model.settings import FieldConfig, ModelConfig
+from mrcnf.model.settings import FieldConfig, FlowConfig, ModelConfig
 from mrcnf.runs.checkpoint import load
 from mrcnf.runs.config import Config
 
@@ -26,11 +28,14 @@ __version__ = "0.1.0"
 __all__ = [
     "Config",
     "ContinuousFlow",
+    "CouplingFlow",
     "FieldConfig",
     "Flow",
+    "FlowConfig",
     "Level",
     "ModelConfig",
     "MultiResolutionFlow",
+    "MultiscaleFlow",
     "Solver",
     "SolverError",
     "Trace",

@@ -16,7 +16,7 @@ from mending import Parts, apart, mended
 from mrcnf.codec.container import Contents, Entry, Stream, pack, unpack
 from mrcnf.errors import UserError
 
-LONGEST = 2.0
+LONGEST = 20.0
 """Seconds that a file of a few hundred bytes may take."""
 
 
