@@ -8,14 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.steps import likelihood_step, match_step
 from benchmarks.timing import alternate, compare, peak_bytes
 from benchmarks.workload import images
 from mrcnf.flows.solve import Solver
-from mrcnf.flows.trace import Trace
 from mrcnf.image.noise import dequantise
 from mrcnf.model.level import Level
 from mrcnf.model.settings import FieldConfig, FlowConfig, ModelConfig
-from mrcnf.training import objectives
 
 Row = dict[str, object]
 MODEL = ModelConfig((16, 32), channels=3)
@@ -44,8 +43,8 @@ def _row(
     level = _level(flow, replace(network, depth=blocks), many, x.device)
     field = _level(FlowConfig(), replace(network, depth=depth), many, x.device)
     works = {
-        "reference": partial(_match, field, x),
-        "ours": partial(_likelihood, level, x, log_q),
+        "reference": partial(match_step, field, x),
+        "ours": partial(likelihood_step, level, x, log_q, Solver()),
     }
     seconds = alternate(works, x.device, repeats)  # type: ignore[arg-type]
     return {
@@ -72,16 +71,3 @@ def _level(flow: FlowConfig, field: FieldConfig, x: Tensor, device: torch.device
     level = Level(MODEL, 32, field, flow=flow)
     level.fit_standardisation(x)
     return level.to(device).train()
-
-
-def _match(level: Level, x: Tensor) -> None:
-    level.zero_grad()
-    generator = torch.Generator(x.device).manual_seed(1)
-    loss, _ = objectives.flow_matching(level, x, generator=generator)
-    loss.backward()
-
-
-def _likelihood(level: Level, x: Tensor, log_q: Tensor) -> None:
-    level.zero_grad()
-    loss, _ = objectives.likelihood(level, x, log_q, solver=Solver(), trace=Trace())
-    loss.backward()

@@ -52,6 +52,14 @@ def likelihood_step(level: Level, x: Tensor, log_q: Tensor, solver: Solver) -> N
     loss.backward()
 
 
+def match_step(level: Level, x: Tensor, half: bool = False) -> None:
+    level.zero_grad()
+    generator = torch.Generator(x.device).manual_seed(1)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+        loss, _ = objectives.flow_matching(level, x, generator=generator)
+    loss.backward()
+
+
 def published_step(
     level: Level, x: Tensor, log_q: Tensor, solver: Solver = reference.TRAINING
 ) -> None:
@@ -303,23 +311,16 @@ def fm_rows(work: Workload, repeats: int) -> list[Row]:
     x, log_q = work.take(work.batch)
     levels = [one_block(level) for level in work.model]
 
-    def match_level(level: Level, half: bool = False) -> None:
-        level.zero_grad()
-        generator = torch.Generator(x.device).manual_seed(1)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
-            loss, _ = objectives.flow_matching(level, x, generator=generator)
-        loss.backward()
-
     def match(half: bool = False) -> None:
         for level in levels:
-            match_level(level, half)
+            match_step(level, x, half)
 
     works: dict[str, Work] = {
         "reference": partial(_published_steps, levels, x, log_q),
         "float32": match,
         "bfloat16": lambda: match(True),
     }
-    bare, factor = machine.share_of([(a, partial(match_level, a)) for a in levels], len(x))
+    bare, factor = machine.share_of([(a, partial(match_step, a, x)) for a in levels], len(x))
     seconds = alternate(works | {"bare": bare}, work.device, repeats)
     rows: list[Row] = []
     for name in ("float32", "bfloat16"):

@@ -44,10 +44,13 @@ def main() -> None:
         seconds = time.perf_counter() - started
         same = all(torch.equal(a, b) for a, b in zip(back, images, strict=True))
         rows.append({"steps": steps, "decoding_seconds": seconds, "same": same} | coded.table())
-        assert coded.overhead_percent is not None and coded.excess_percent is not None
+        # Of few images all may be of the beginning.
+        excess = coded.excess_percent
+        fine = "" if excess is None else f"{excess:+.2f}%"
         print(
-            f"| {steps} steps | {coded.bits_per_dim:.3f} | {coded.bound:.3f} | "
-            f"{coded.overhead_percent:+.2f}% | {coded.excess_percent:+.2f}% | "
+            f"| {steps} steps, {len(coded.data):,} bytes | "
+            f"{coded.bits_per_dim:.3f} | {coded.bound:.3f} | "
+            f"{coded.overhead_percent:+.2f}% | {fine} | "
             f"{megabytes / coded.seconds:.4f} | {megabytes / seconds:.4f} | "
             f"{'' if same else 'NOT THE SAME IMAGES'}",
             flush=True,

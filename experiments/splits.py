@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 import mrcnf
-from mrcnf.measure.evaluate import level_bits
+from mrcnf.measure.evaluate import level_bits, mean_and_error
 from mrcnf.model.level import Level
 from mrcnf.runs import checkpoint
-from mrcnf.runs.config import load
+from mrcnf.runs.extend import finest_config
 from mrcnf.training.objectives import Objective
 
 ROWS = (
@@ -57,12 +57,12 @@ def main() -> None:
 
 def summary(bits: Tensor, base: Tensor | None) -> dict[str, object]:
     """Means and errors of bits (seeds, images), and of differences where seeds are shared."""
-    mean, error = mean_and_error(bits.mean(0))
+    mean, error = mean_and_error(bits.mean(0), None)
     result: dict[str, object] = {"bpd": mean, "bpd_stderr": error}
     if base is None or len(base) != len(bits):
         return result
     difference = bits - base
-    mean, error = mean_and_error(difference.mean(0))
+    mean, error = mean_and_error(difference.mean(0), None)
     by_seed = difference.mean(1)
     return result | {
         "difference": mean,
@@ -72,16 +72,12 @@ def summary(bits: Tensor, base: Tensor | None) -> dict[str, object]:
     }
 
 
-def mean_and_error(values: Tensor) -> tuple[float, float]:
-    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
-
-
 def step_seconds(runs: dict[str, Path], images: Tensor) -> dict[str, float]:
     """Median seconds of a forward and a backward pass on a batch, the rows taking turns."""
     works: dict[str, tuple[Level, Objective, int]] = {}
     for row, run in runs.items():
         level = checkpoint.load_level(run, 32).train().requires_grad_(True)
-        config = load(run / "level-32" / "config.toml").at_level(32)
+        config = finest_config(run).at_level(32)
         works[row] = level, Objective(level, config), config.train.batch
     seconds: dict[str, list[float]] = {row: [] for row in works}
     for lap in range(LAPS + 1):

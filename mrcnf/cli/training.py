@@ -11,7 +11,6 @@ from tqdm import tqdm
 from mrcnf import demo as demonstration
 from mrcnf.cli.common import Overrides, Paths, Run, speaks
 from mrcnf.errors import UserError
-from mrcnf.measure import evaluate as evaluation
 from mrcnf.runs import assemble as assembling
 from mrcnf.runs import calibration, checkpoint
 from mrcnf.runs import config as configuration
@@ -124,7 +123,8 @@ def calibrate(
     levels = [model.level(level)] if level else [a for a in model if fields_of(a)]
     if not levels:
         raise UserError(f"{run} has no residual field, the only kind that there are heads for")
-    evaluation.set_solvers([], configuration.override({}, overrides))
+    if others := configuration.override({}, overrides).keys() - {"data"}:
+        raise UserError(f"{min(others)} has no part in calibration; it takes settings of data")
     images = open_images(finest_config(run, overrides).data, model.config, "train")
     folders = checkpoint.find_levels(run)
     for own in levels:

@@ -11,8 +11,8 @@ WORDS = (
     b'"8":{"growth":0.1,"method":"euler","sigma":0.04,"spacing":2.0,"steps":64}},'
     b'"rungs":{"0":[0]}}'
 )
-"""What headers say again and again, as if it preceded each of them: settings take 25 bytes instead
-of 120. Part of the format: another text makes another version."""
+"""What headers say again and again, as if it preceded each of them. Part of the format: another
+text makes another version."""
 
 
 class Malformed(ValueError):

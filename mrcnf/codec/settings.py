@@ -81,18 +81,13 @@ class Settings:
         return cls({int(r): LevelSettings(**own) for r, own in levels.items()}, bits)
 
 
-def default(model: MultiResolutionFlow, steps: int | None = None) -> Settings:
-    """Settings for a model without any that were calibrated for it.
-
-    Args:
-        steps: of the finest level's flow.
-    """
+def default(model: MultiResolutionFlow) -> Settings:
+    """Settings that suit most models."""
     levels = {}
     for level in model:
         # Coarser levels' coefficients are larger, in cells. The base's velocity bends the most, and
         # costs so little that better halves are a bargain.
         levels[level.resolution] = LevelSettings(
-            steps=steps or STEPS,
             method="midpoint" if level.is_base and level.halvings else "euler",
             sigma=min(0.08, LevelSettings.sigma * 2**level.halvings),
         )

@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ class _Seen:
     sign: int
     """1 where noise is popped, -1 where it is pushed."""
 
-    @property
+    @cached_property
     def colours(self) -> list[Tensor]:
         """The places that are coded together: all, or a chequerboard's."""
         everywhere = torch.ones_like(self.scale, dtype=torch.bool)

@@ -41,6 +41,15 @@ def log_normal(z: Tensor) -> Tensor:
     return -0.5 * (flat.square().sum(1) + flat.shape[1] * math.log(2 * math.pi))
 
 
+BOUND = 2.0
+"""Log-scales that networks answer with lie within ± this."""
+
+
+def bounded(log_scale: Tensor) -> Tensor:
+    """A network's answer, any number, as a log-scale within ± `BOUND`."""
+    return BOUND * (log_scale / BOUND).tanh()
+
+
 class Step(ABC):
     """A short invertible piece of a flow, for coding: none of it is differentiable."""
 

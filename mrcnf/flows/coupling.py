@@ -12,15 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from mrcnf import runtime
-from mrcnf.flows.base import Flow, FlowResult, Leave, Lift, Step, log_normal
+from mrcnf.flows.base import Flow, FlowResult, Leave, Lift, Step, bounded, log_normal
 from mrcnf.flows.residual_blocks import ResidualBlocks, coarse_network, hidden_weights
 from mrcnf.flows.solve import Solver, Statistics
 from mrcnf.flows.squeeze import Squeeze, Unsqueeze, squeeze, unsqueeze
 from mrcnf.flows.tangents import Dual, mix, normalise
 from mrcnf.flows.trace import Trace
-
-BOUND = 2.0
-"""Log-scales lie within ± this."""
 
 
 class CouplingFlow(Flow):
@@ -117,7 +114,9 @@ class CouplingFlow(Flow):
         y, told = self._enter(y, condition)
         for coupling, own in zip(self, told, strict=True):
             coupling.shift.copy_(-y.mean((0, 2, 3))[:, None, None])
-            std = y.std((0, 2, 3), correction=0).clamp_min(1e-3)
+            # Of a single value there is no other than this standard deviation.
+            several = y[:, 0].numel() > 1
+            std = y.std((0, 2, 3), correction=int(several)).clamp_min(1e-3)
             coupling.log_scale.copy_(-std.log()[:, None, None])
             y, _ = coupling(y, own)
 
@@ -131,7 +130,6 @@ class CouplingFlow(Flow):
         seed: int = 0,
         tolerance: float = 1e-6,
     ) -> Iterator[Step | Leave]:
-        condition = squeeze(condition) if self.squeezes and condition is not None else condition
         steps: list[Step] = [Squeeze()] if self.squeezes else []
         for coupling, own in zip(self, self._told(condition), strict=True):
             steps += [_Normalisation(coupling), _Mixing(coupling), _Affine(coupling, own)]
@@ -148,9 +146,7 @@ class CouplingFlow(Flow):
         return [*found, *hidden_weights(self.coarse)]
 
     def _enter(self, y: Tensor, condition: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
-        if self.squeezes:
-            y, condition = squeeze(y), None if condition is None else squeeze(condition)
-        return y, self._told(condition)
+        return squeeze(y) if self.squeezes else y, self._told(condition)
 
     def _leave(self, y: Tensor) -> Tensor:
         return unsqueeze(y) if self.squeezes else y
@@ -160,7 +156,8 @@ class CouplingFlow(Flow):
         if self.coarse is None or condition is None:
             return [None for _ in self]
         sizes = [coupling.network.told for coupling in self]
-        return list(self.coarse(condition).split(sizes, dim=1))
+        told = self.coarse(squeeze(condition) if self.squeezes else condition)
+        return list(told.split(sizes, dim=1))
 
 
 class _Coupling(nn.Module):
@@ -201,7 +198,7 @@ class _Coupling(nn.Module):
     def affine(self, kept: Tensor, told: Tensor | None) -> tuple[Tensor, Tensor]:
         """Log-scale and shift of the channels that change."""
         raw, shift = self.network(kept, told).to(kept.dtype).chunk(2, dim=1)
-        return BOUND * (raw / BOUND).tanh(), shift
+        return bounded(raw), shift
 
     def triangles(self) -> tuple[Tensor, Tensor]:
         """The unit upper and the unit lower triangular factor."""

@@ -14,15 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mrcnf.flows import shuffle as shuffles
-from mrcnf.flows.base import Bridge, Flow, FlowResult, Leave, Step, log_normal
+from mrcnf.flows.base import Bridge, Flow, FlowResult, Leave, Step, bounded, log_normal
 from mrcnf.flows.shuffle import Reordering, Shuffle
 from mrcnf.flows.solve import Solver, Statistics
 from mrcnf.flows.squeeze import Squeeze, squeeze, unsqueeze
 from mrcnf.flows.trace import Trace
 
 PRIORS = ("normal", "conditional")
-BOUND = 2.0
-"""Log standard deviations of a conditional prior lie within ± this."""
 
 
 @dataclass
@@ -100,13 +98,24 @@ class MultiscaleFlow(Flow):
         regularise: bool = False,
         generator: torch.Generator | None = None,
     ) -> FlowResult:
-        total, left = _Sum(y), []
         how = {"trace": trace, "end": end, "regularise": regularise, "generator": generator}
-        for result, split, own in self._scales(y, condition, solver=solver, **how):
-            total.add(result, own, None if split is None else split.penalty)
-            if split is not None:
-                left.append(split.noise)
-        return total.result(self.pack(result.latent, left))
+        scales = list(self._scales(y, condition, solver=solver, **how))
+        results, dims = [result for result, _, _ in scales], y[0].numel()
+        splits = [split for _, split, _ in scales if split is not None]
+        kinetic, frobenius = (
+            _sum([None if part is None else result.dims / dims * part
+                  for result, part in zip(results, parts, strict=True)])
+            for parts in ([r.kinetic for r in results], [r.frobenius for r in results])
+        )  # fmt: skip
+        return FlowResult(
+            sum((own for _, _, own in scales), y.new_zeros(len(y))),
+            dims,
+            self.pack(results[-1].latent, [split.noise for split in splits]),
+            sum((result.statistics for result in results), Statistics()),
+            kinetic,
+            frobenius,
+            _sum([split.penalty for split in splits]),
+        )
 
     def _scales(
         self, y: Tensor, condition: Tensor | None, **how: Any
@@ -297,7 +306,7 @@ class _Gate(nn.Module):
             return zeros, zeros
         known = stays if told is None else torch.cat((stays, told), 1)
         mean, raw = self.prior(known).to(stays.dtype).chunk(2, dim=1)
-        return mean, BOUND * (raw / BOUND).tanh()
+        return mean, bounded(raw)
 
     def steps(self, told: Tensor | None) -> Iterator[Step | Leave]:
         if not isinstance(self.shuffle, shuffles.NoShuffle):
@@ -310,33 +319,7 @@ class _Gate(nn.Module):
         yield Leave(self.stays, prior)
 
 
-class _Sum:
-    """The scales' results, put together."""
-
-    def __init__(self, y: Tensor) -> None:
-        self.dims = y[0].numel()
-        self.log_prob = y.new_zeros(len(y))
-        self.statistics = Statistics()
-        self.kinetic: Tensor | None = None
-        self.frobenius: Tensor | None = None
-        self.penalty: Tensor | None = None
-
-    def add(self, result: FlowResult, log_prob: Tensor, penalty: Tensor | None) -> None:
-        self.log_prob = self.log_prob + log_prob
-        self.statistics = self.statistics + result.statistics
-        share = result.dims / self.dims
-        self.kinetic = _plus(self.kinetic, result.kinetic, share)
-        self.frobenius = _plus(self.frobenius, result.frobenius, share)
-        self.penalty = _plus(self.penalty, penalty)
-
-    def result(self, latent: Tensor) -> FlowResult:
-        return FlowResult(
-            self.log_prob, self.dims, latent, self.statistics, self.kinetic, self.frobenius,
-            self.penalty,
-        )  # fmt: skip
-
-
-def _plus(total: Tensor | None, part: Tensor | None, share: float = 1.0) -> Tensor | None:
-    if part is None:
-        return total
-    return share * part if total is None else total + share * part
+def _sum(parts: list[Tensor | None]) -> Tensor | None:
+    """The sum of what is there."""
+    known = [part for part in parts if part is not None]
+    return sum(known[1:], known[0]) if known else None

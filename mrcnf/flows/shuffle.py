@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from mrcnf.errors import UserError
 from mrcnf.flows.base import Lift
 
-SHUFFLES = ("none", "random", "learned", "entropy", "context")
 REGULARISER = 1e-3
 """Weight of the published regulariser (arXiv 2407.04958)."""
 SOFTNESS = 0.1
@@ -27,12 +26,13 @@ class Shuffle(nn.Module, ABC):
 
     Args:
         channels: how many, a multiple of 4.
+        coarse_channels: of the coarse image, 0 without one.
     """
 
     measured = False
     """Whether the order is measured on data, by `measure`."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, coarse_channels: int = 0) -> None:
         super().__init__()
         self.channels = channels
 
@@ -67,7 +67,7 @@ class StoredShuffle(Shuffle):
 
     fixed: Tensor
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, coarse_channels: int = 0) -> None:
         super().__init__(channels)
         self.register_buffer("fixed", torch.arange(channels))
 
@@ -78,7 +78,7 @@ class StoredShuffle(Shuffle):
 class RandomShuffle(StoredShuffle):
     """An order drawn once, when the flow is made."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, coarse_channels: int = 0) -> None:
         super().__init__(channels)
         self.fixed.copy_(torch.randperm(channels))
 
@@ -105,7 +105,7 @@ class LearnedShuffle(StoredShuffle):
     places when they are rounded.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, coarse_channels: int = 0) -> None:
         super().__init__(channels)
         self.weights = nn.Sequential(
             nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels)
@@ -146,10 +146,6 @@ class ContextShuffle(Shuffle):
     (Prillo & Eisenschlos 2020, eq. 5), a matrix whose rows are softmax(-|sorted w - w|/τ): the
     likelihood pulls w to where a channel in another place would have been likelier. To y, and to
     what w are read off, the permutation is the hard one, whose derivative is itself.
-
-    Args:
-        channels: how many, a multiple of 4.
-        coarse_channels: of the coarse image, 0 without one.
     """
 
     def __init__(self, channels: int, coarse_channels: int = 0) -> None:
@@ -201,17 +197,21 @@ class Reordering(Lift):
         return self.shuffle.invert(z, self.condition)
 
 
+KINDS: dict[str, Callable[[int, int], Shuffle]] = {
+    "none": NoShuffle,
+    "random": RandomShuffle,
+    "learned": LearnedShuffle,
+    "entropy": EntropyShuffle,
+    "context": ContextShuffle,
+}
+SHUFFLES = tuple(KINDS)
+
+
 def build(kind: str, channels: int, coarse_channels: int = 0) -> Shuffle:
     """A shuffle by name, of `SHUFFLES`."""
-    plain: dict[str, Callable[[int], Shuffle]] = {
-        "none": NoShuffle, "random": RandomShuffle, "learned": LearnedShuffle,
-        "entropy": EntropyShuffle,
-    }  # fmt: skip
-    if kind == "context":
-        return ContextShuffle(channels, coarse_channels)
-    if kind not in plain:
+    if kind not in KINDS:
         raise UserError(f"unknown shuffle {kind!r}; choose one of {', '.join(SHUFFLES)}")
-    return plain[kind](channels)
+    return KINDS[kind](channels, coarse_channels)
 
 
 def permute(y: Tensor, order: Tensor) -> Tensor:

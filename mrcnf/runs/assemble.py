@@ -12,7 +12,7 @@ from torch import Tensor
 from mrcnf.errors import UserError
 from mrcnf.model.level import Level
 from mrcnf.runs import metrics
-from mrcnf.runs.calibration import HEADS
+from mrcnf.runs.calibration import HEADS, detach
 from mrcnf.runs.checkpoint import CONFIG, WEIGHTS, find_levels, level_folder, load
 from mrcnf.runs.tensors import read_metadata, write_tensors
 
@@ -73,6 +73,7 @@ def _halved(path: Path, level: Level) -> dict[str, Tensor]:
     Raises:
         UserError: a parameter is too large for float16; the message names it and the path.
     """
+    detach(level)
     tensors = level.state_dict()
     for name, parameter in level.named_parameters():
         tensors[name] = parameter.half()

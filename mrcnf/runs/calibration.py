@@ -37,6 +37,12 @@ def save(folder: Path, level: Level) -> None:
     write_tensors(folder / HEADS, tensors, {"resolution": level.resolution})
 
 
+def detach(level: Level) -> None:
+    """Take the heads off a level: what is left is what its file of weights holds."""
+    for field in fields_of(level):
+        field.near = None
+
+
 def attach(folder: Path, level: Level) -> None:
     """Give a level the heads that its folder holds, if any.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mrcnf import seeds
+from mrcnf.codec.settings import LevelSettings
 from mrcnf.data.datasets import Images
 from mrcnf.errors import UserError
 from mrcnf.flows.near_diagonal import NearDiagonal
@@ -29,7 +30,7 @@ from mrcnf.runs.images import match_model
 BATCH = 32
 TIMES = 16
 """Points of each path that are learnt from."""
-SPACING = 2.0
+SPACING = LevelSettings.spacing
 _RATE = 4e-3
 
 
@@ -76,9 +77,9 @@ def calibrate(
             optimizer.param_groups[0]["lr"] = _RATE * max(0.02, 1 - over) * min(1, step / 20 + 0.1)
             wrong = whole = torch.zeros((), device=level.device)
             for field, head, (times, states, condition) in zip(fields, heads, points, strict=True):
-                images_ = torch.arange(BATCH)
-                chosen = (images_ + batch) % TIMES
-                t, y = times[chosen].to(states), states[chosen, images_]
+                places = torch.arange(BATCH)
+                chosen = (places + batch) % TIMES
+                t, y = times[chosen].to(states), states[chosen, places]
                 missed, all_of_it = _loss(field, head, t, y, condition, generator)
                 wrong, whole = wrong + missed, whole + all_of_it
             optimizer.zero_grad()

@@ -18,8 +18,9 @@ from mrcnf.flows.trace import Trace
 from mrcnf.image.bits import bits_per_dim
 from mrcnf.image.noise import dequantise
 from mrcnf.model.level import Level
+from mrcnf.model.settings import ModelConfig
 from mrcnf.runs.config import Config
-from mrcnf.runs.settings import LOGIT_MEAN, LOGIT_STD
+from mrcnf.runs.settings import LOGIT_MEAN, LOGIT_STD, TrainConfig
 from mrcnf.training.times import SHORTEST_TIME, draw_times
 
 NOISE_SHARE = 8
@@ -146,10 +147,7 @@ class Objective(nn.Module):
         self, images: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         train, model = self.config.train, self.level.model
-        images = augment(images, train.flip, train.crop, generator)
-        x, log_q = dequantise(
-            images, nbits=model.nbits, kind=model.pixel_noise, generator=generator
-        )
+        images, x, log_q = seen(images, train, model, generator)
         low_precision = torch.autocast(
             x.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"
         )
@@ -178,6 +176,15 @@ class Objective(nn.Module):
                 steer=train.steer,
                 generator=generator,
             )
+
+
+def seen(
+    images: Tensor, train: TrainConfig, model: ModelConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Images as training sees them: augmented, and these dequantised, x and log q (N,)."""
+    images = augment(images, train.flip, train.crop, generator)
+    x, log_q = dequantise(images, nbits=model.nbits, kind=model.pixel_noise, generator=generator)
+    return images, x, log_q
 
 
 def augment(images: Tensor, flip: bool, crop: int, generator: torch.Generator) -> Tensor:

@@ -21,7 +21,6 @@ from mrcnf import files, runtime, seeds
 from mrcnf.data.datasets import Images
 from mrcnf.errors import UserError, out_of_memory
 from mrcnf.flows.solve import SolverError
-from mrcnf.image.noise import dequantise
 from mrcnf.runs import checkpoint
 from mrcnf.runs.config import Config, to_toml
 from mrcnf.training import objectives
@@ -179,18 +178,12 @@ class Trainer:
 
     def _reorder(self) -> None:
         seed = seeds.seed_of(self.train.seed, self.resolution, f"{self.step_number}/order")
-        generator, model = seeds.generator(seed, self.device), self.level.model
+        generator = seeds.generator(seed, self.device)
         chosen = torch.randint(
             len(self.images), (REORDER_ON,), generator=generator, device=self.device
         )
-        x, _ = dequantise(
-            objectives.augment(
-                self.images[chosen], self.train.flip, self.train.crop, generator
-            ),
-            nbits=model.nbits,
-            kind=model.pixel_noise,
-            generator=generator,
-        )
+        images = self.images[chosen]
+        _, x, _ = objectives.seen(images, self.train, self.level.model, generator)
         self.level.reorder(x)
 
     def _gradients(self) -> dict[str, Tensor]:

@@ -199,3 +199,16 @@ def test_what_cannot_be_calibrated_is_one_line(tmp_path, capsys):
     assert "no residual field" in refused(capsys, "calibrate", run)
     assert "at least 1" in refused(capsys, "calibrate", run, "--steps", "0")
     assert "no level 8" in refused(capsys, "calibrate", run, "--level", "8")
+
+
+def test_half_copies_of_a_calibrated_run_open_with_its_heads(tmp_path, capsys):
+    run = trained(tmp_path / "run", f"data.name={write_npz(tmp_path / 'data')}")
+    mrcnf_says(capsys, "calibrate", run, "--steps", "2")
+    mrcnf_says(capsys, "assemble", run, "--out", tmp_path / "half", "--half")
+    copy = mrcnf.load(tmp_path / "half")
+    assert all(level.flow.fields[0].near is not None for level in copy)
+
+
+def test_calibration_refuses_what_it_would_ignore(tmp_path, capsys):
+    run = trained(tmp_path / "run")
+    assert "solver has no part" in refused(capsys, "calibrate", run, "solver.steps=5")

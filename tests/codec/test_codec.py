@@ -13,7 +13,7 @@ from small import model, noise, smooth
 from mrcnf import codec
 from mrcnf.codec import blocks, container, encoder, pyramid
 from mrcnf.codec.ans import Stack
-from mrcnf.codec.settings import LevelSettings, Settings, default
+from mrcnf.codec.settings import LevelSettings, Settings, default, with_steps
 from mrcnf.errors import UserError
 from mrcnf.flows.solve import Solver
 from mrcnf.flows.trace import Trace
@@ -75,7 +75,7 @@ def test_one_image():
 
 def excess(made, images, steps):
     """Coded bits over the model's bound on the same noise, a share, at full accuracy."""
-    settings, size = default(made, steps), blocks.Size(*images.shape[2:])
+    settings, size = with_steps(default(made), steps), blocks.Size(*images.shape[2:])
     words = np.random.default_rng(0).integers(1, 2**32, 40_000, dtype=np.uint32)
     group = blocks.Group(tuple(range(len(images))), size)
     coder = pyramid.coder_of(made, settings)
