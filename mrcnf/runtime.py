@@ -18,6 +18,13 @@ from torch import Tensor, nn
 from mrcnf.errors import UserError
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def choose_device(name: str) -> torch.device:
     """The device by name; "auto" takes CUDA where there is one.
 

@@ -8,14 +8,20 @@ from pathlib import Path
 
 import tyro
 
-from mrcnf import codec, files
+from mrcnf import codec, files, runtime
 from mrcnf.cli.common import Paths, Run, note_unfinished
 from mrcnf.codec import container, pictures
 from mrcnf.runs import checkpoint
 
 
 def compress(
-    run: Run, images: Paths, out: Path, steps: int | None = None, json: Path | None = None
+    run: Run,
+    images: Paths,
+    out: Path,
+    steps: int | None = None,
+    streams: int | None = None,
+    workers: int | None = None,
+    json: Path | None = None,
 ) -> None:
     """Write images into one small file, from which they come back bit for bit.
 
@@ -25,12 +31,19 @@ def compress(
         out: file to write, NAME.mrc.
         steps: short steps per level: more take longer and give smaller files; by default what
             was found to be best for the model.
+        streams: that can be coded at the same time, each of which has to begin; by default one for
+            every half megapixel.
+        workers: processes, of which no more than there are streams are used; by default one for
+            each CPU core.
         json: file to write the numbers to.
     """
     model = checkpoint.load(run)
     names, pixels = pictures.gather(images, model.config.channels, out)
     note_unfinished(run)
-    result = codec.encode(model, pixels, names=names, steps=steps, progress=sys.stderr.isatty())
+    result = codec.encode(
+        model, pixels, names=names, steps=steps, streams=streams,
+        workers=workers or runtime.cores(), progress=sys.stderr.isatty(),
+    )  # fmt: skip
     files.write(out, result.data)
     print(f"{out}: {result}")
     if json is not None:
@@ -43,6 +56,7 @@ def decompress(
     out: Path,
     resolution: int | None = None,
     npz: bool = False,
+    workers: int | None = None,
 ) -> None:
     """Get the images of a compressed file back, as PNG files.
 
@@ -53,6 +67,8 @@ def decompress(
         resolution: of a level: read the file only so far, for the images averaged to that size
             (of integer pyramids).
         npz: write one archive, FILE.npz, of images of one size instead.
+        workers: processes, of which no more than the file has streams are used; by default one
+            for each CPU core.
     """
     pictures.check_folder(out)
     data = container.read(file, resolution=resolution)
@@ -62,7 +78,10 @@ def decompress(
         names = pictures.names_out([entry.name for entry in entries])
         if npz:
             pictures.check_alike([(e.channels, e.height, e.width) for e in entries])
-        images = codec.decompress(model, data, resolution=resolution, progress=sys.stderr.isatty())
+        images = codec.decompress(
+            model, data, resolution=resolution, workers=workers or runtime.cores(),
+            progress=sys.stderr.isatty(),
+        )  # fmt: skip
     if npz:
         out = out / f"{file.stem}.npz"
         pictures.write_npz(out, names, images)

@@ -39,6 +39,11 @@ class Block:
     size: Size
     """Of all of them, padded."""
 
+    @property
+    def pixels(self) -> int:
+        """Of all of them, padding included."""
+        return len(self.members) * self.size.height * self.size.width
+
     def first(self, count: int) -> Block:
         """The first so many of them."""
         return Block(self.members[:count], self.size)

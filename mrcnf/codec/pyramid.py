@@ -35,8 +35,8 @@ from mrcnf.model.model import MultiResolutionFlow
 _NOISE, _FLOW = 0, 1
 """The last but one number of a level's keys."""
 
-Tick = Callable[[], object]
-"""Called for every image that is done."""
+Tick = Callable[[int], object]
+"""Is told of how many pixels more is done."""
 Gather = Callable[[Block], Tensor]
 
 
@@ -147,8 +147,7 @@ class ExactCoder(PyramidCoder):
                 pushed.rungs[0].append(rung)
                 pushed.tallies.append(tally)
                 done += count
-                for _ in range(count):
-                    tick()
+                tick(left.first(count).pixels)
         pushed.cuts = {0: stack.low}
         return pushed
 
@@ -160,8 +159,7 @@ class ExactCoder(PyramidCoder):
         numbered = list(enumerate(zip(blocks, rungs[0], strict=True)))
         for number, (block, rung) in reversed(numbered):
             found.append(self._pop(stack, block, number, rung))
-            for _ in block.members:
-                tick()
+            tick(block.pixels)
         return found[::-1]
 
     def _push_some(
@@ -242,8 +240,7 @@ class IntegerCoder(PyramidCoder):
                 points.append({finest: point})
                 images.append(coarse)
                 done += count
-                for _ in range(count):
-                    tick()
+                tick(left.first(count).pixels)
         lows = {finest: stack.low}
         for resolution in others:
             stack.mark()
@@ -268,16 +265,16 @@ class IntegerCoder(PyramidCoder):
         tick: Tick, last: int | None = None,
     ) -> list[Tensor]:  # fmt: skip
         images: list[Tensor | None] = [None] * len(blocks)
+        last = last or self.model.config.finest
         for resolution in self.model.resolutions:
             numbered = list(enumerate(zip(blocks, rungs[resolution], strict=True)))
             for number, (block, rung) in reversed(numbered):
                 images[number] = self._pop(
                     stack, resolution, images[number], block, number, rung
                 )
-            if resolution == (last or self.model.config.finest):
-                for block in blocks:
-                    for _ in block.members:
-                        tick()
+                if resolution == last:
+                    tick(block.pixels)
+            if resolution == last:
                 break
         return [found for found in images if found is not None]
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from mrcnf.codec import parts
+from mrcnf.codec.parts import Rule
 from mrcnf.errors import UserError
 from mrcnf.flows.solve import FIXED
 from mrcnf.model.model import MultiResolutionFlow
@@ -51,6 +53,8 @@ class Settings:
     """By resolution."""
     bits: int
     """A cell is cut into 2^bits sub-cells."""
+    rule: Rule | None = None
+    """How images are cut; None: they are whole."""
 
     LEAST, MOST = 4, 24
 
@@ -60,7 +64,9 @@ class Settings:
 
     def table(self) -> dict[str, Any]:
         """As plain JSON."""
-        return {"bits": self.bits, "levels": {str(r): asdict(s) for r, s in self.levels.items()}}
+        levels = {str(r): asdict(own) for r, own in self.levels.items()}
+        table: dict[str, Any] = {"bits": self.bits, "levels": levels}
+        return table if self.rule is None else {**table, parts.KEY: self.rule.table()}
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any], model: MultiResolutionFlow) -> Settings:
@@ -68,6 +74,7 @@ class Settings:
 
         Raises:
             UserError: they are none, or not for this model.
+            CodingError: their parts are not of such images.
         """
         known = {field.name for field in fields(LevelSettings)}
         levels = table.get("levels")
@@ -78,7 +85,8 @@ class Settings:
         bits = table.get("bits")
         if not isinstance(bits, int):
             raise UserError("its settings say nothing of sub-cells")
-        return cls({int(r): LevelSettings(**own) for r, own in levels.items()}, bits)
+        rule = Rule.from_table(table, model.multiple)
+        return cls({int(r): LevelSettings(**own) for r, own in levels.items()}, bits, rule)
 
 
 def default(model: MultiResolutionFlow) -> Settings:
@@ -91,7 +99,7 @@ def default(model: MultiResolutionFlow) -> Settings:
             method="midpoint" if level.is_base and level.halvings else "euler",
             sigma=min(0.08, LevelSettings.sigma * 2**level.halvings),
         )
-    return fitting(levels)
+    return replace(fitting(levels), rule=Rule.of(model.multiple))
 
 
 def fitting(levels: Mapping[int, LevelSettings]) -> Settings:

@@ -11,7 +11,7 @@ import torch
 from small import model, noise, smooth
 
 from mrcnf import codec
-from mrcnf.codec import blocks, container, encoder, pyramid
+from mrcnf.codec import blocks, container, lane, pyramid
 from mrcnf.codec.ans import Stack
 from mrcnf.codec.settings import LevelSettings, Settings, default, with_steps
 from mrcnf.errors import UserError
@@ -80,7 +80,7 @@ def excess(made, images, steps):
     group = blocks.Group(tuple(range(len(images))), size)
     coder = pyramid.coder_of(made, settings)
     with torch.no_grad():
-        pushed = coder.push(Stack(words), [group], lambda _: images.long(), lambda: None)
+        pushed = coder.push(Stack(words), [group], lambda _: images.long(), lambda _: None)
         (tally,) = pushed.tallies
         assert tally.rung == 0 and tally.spent.keys() == set(made.resolutions)
         log_q = log_density(tally.point * 256 - images, made.config.pixel_noise)
@@ -165,13 +165,13 @@ def test_images_that_do_not_come_back_are_stored(monkeypatch):
 
     def pop_images(*args, **kwargs):
         calls.append(args)
-        found = encoder_pop(*args, **kwargs)
+        found = real_pop(*args, **kwargs)
         if len(calls) == 1:
             found[2] = found[2] + 1
         return found
 
-    encoder_pop = encoder.pop_images
-    monkeypatch.setattr(encoder, "pop_images", pop_images)
+    real_pop = lane.pop_images
+    monkeypatch.setattr(lane, "pop_images", pop_images)
     coded = codec.encode(made, images, steps=2)
     assert coded.stored >= 1 and len(calls) == 2
     assert container.unpack(coded.data).entries[2].stored
