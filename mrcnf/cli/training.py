@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import tyro
 from tqdm import tqdm
 
 from mrcnf import demo as demonstration
+from mrcnf import seeds
 from mrcnf.cli.common import Overrides, Paths, Run, speaks
+from mrcnf.codec import tuning
 from mrcnf.errors import UserError
 from mrcnf.runs import assemble as assembling
 from mrcnf.runs import calibration, checkpoint
@@ -103,36 +106,54 @@ def assemble(runs: Paths, out: Path, half: bool = False) -> None:
 
 
 def calibrate(
-    run: Run, level: int = 0, steps: int = 600, overrides: Overrides = ()
+    run: Run, level: int = 0, steps: int = 600, images: int = 16, overrides: Overrides = ()
 ) -> None:
     """Teach a trained run, on its training images, what makes `compress` write smaller files.
 
-    A small head on each level's network learns the network's Jacobian near its diagonal. It is
-    written beside the weights, which stay as they are. Files that were compressed before need the
-    run as it was before.
+    A small head on each level's network learns the network's Jacobian near its diagonal, and the
+    codec's settings are tried on a few images. Both are kept beside the weights, which stay as they
+    are. Files that were compressed before need the run as it was before.
 
     Args:
         run: a trained run.
         level: calibrate this level alone; 0: all that can be.
         steps: of the heads' training, of 32 images each: minutes on one core for a level of 32×32.
+        images: that settings are tried on; 0: keep those that there are.
         overrides: settings of data, section.key=value.
     """
-    if steps < 1:
-        raise UserError(f"--steps {steps}: train the heads for at least 1")
+    if steps < 1 or images < 0:
+        raise UserError(f"--steps {steps} --images {images}: train the heads for at least 1 step")
     model = checkpoint.load(run)
-    levels = [model.level(level)] if level else [a for a in model if fields_of(a)]
+    levels = [model.level(level)] if level else [own for own in model if own.flow.solved]
     if not levels:
-        raise UserError(f"{run} has no residual field, the only kind that there are heads for")
+        raise UserError(f"{run} has no continuous flow: the steps of others are exact as they are")
     if others := configuration.override({}, overrides).keys() - {"data"}:
         raise UserError(f"{min(others)} has no part in calibration; it takes settings of data")
-    images = open_images(finest_config(run, overrides).data, model.config, "train")
-    folders = checkpoint.find_levels(run)
+    data = open_images(finest_config(run, overrides).data, model.config, "train")
+    folders, shown = checkpoint.find_levels(run), sys.stderr.isatty()
     for own in levels:
-        with tqdm(total=steps, desc=f"level {own.resolution}", unit="step",
-                  disable=not sys.stderr.isatty()) as bar:  # fmt: skip
-            missed = fit_heads(own, images, steps=steps, report=lambda *_: bar.update())
+        if fields_of(own) or level:
+            with tqdm(total=steps, desc=f"level {own.resolution}", unit="step",
+                      disable=not shown) as bar:  # fmt: skip
+                missed = fit_heads(own, data, steps=steps, report=lambda *_: bar.update())
+            print(f"level {own.resolution}: {1 - missed:.0%} of the Jacobian is known to its head")
+            calibration.save(folders[own.resolution], own)
+    if not images:
+        return
+    for own in levels:
+        own.coding = {}
+    some = tuning.chosen(data.pixels, images, seeds.generator(seeds.seed_of(0, 0, "settings")))
+    with tqdm(total=1.0, desc="settings", disable=not shown,
+              bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}") as bar:  # fmt: skip
+        found, bits = tuning.tune(model, some, report=lambda share: bar.update(share - bar.n))
+    for own in levels:
+        own.coding = asdict(found[own.resolution])
         calibration.save(folders[own.resolution], own)
-        print(f"level {own.resolution}: {1 - missed:.0%} of the Jacobian is known to its head")
+        before, after = bits[own.resolution]
+        print(
+            f"level {own.resolution}: {before:.4f} bits/dim by default, {after:.4f} with "
+            + ", ".join(f"{name} {value}" for name, value in own.coding.items())
+        )
 
 
 def _say_trained(run: Path, resolutions: list[int]) -> None:

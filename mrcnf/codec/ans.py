@@ -73,6 +73,13 @@ class Stack:
         self.low = self._below()
         """Low-water mark: so many words, from the bottom, were not touched since it was set."""
 
+    @classmethod
+    def deep(cls, bits: int) -> Stack:
+        """A stack with so many bits on it, fixed ones that are as good as random."""
+        words = (keyed(bits // 32 + 4, 0) >> np.uint64(32)).astype(np.uint32)
+        words[-1] |= 1
+        return cls(words)
+
     def copy(self) -> Stack:
         """Another stack of the same contents."""
         twin = copy.copy(self)

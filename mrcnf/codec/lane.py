@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mrcnf import seeds
-from mrcnf.codec import ans, blocks, parts
+from mrcnf.codec import blocks, parts
 from mrcnf.codec.ans import CodingError, Stack, Words
 from mrcnf.codec.blocks import Block, Group, Size
 from mrcnf.codec.contents import Stream, check_of
@@ -297,7 +297,7 @@ class _Attempt:
             for i, part in enumerate(self.parts) if part.image == image
         ]  # fmt: skip
         dims = sum(group.size.height * group.size.width for group in groups)
-        stack = Stack(_deep(64 * dims * self.model.config.channels))
+        stack = Stack.deep(64 * dims * self.model.config.channels)
         coder = coder_of(self.model, self.settings)
         try:
             pushed = coder.push(stack, groups, self._gather, _nothing)
@@ -376,10 +376,3 @@ class _Attempt:
 
 def _nothing(_: object) -> None:
     pass
-
-
-def _deep(bits: int) -> Words:
-    """Words of a stack with so many bits on it, as good as random."""
-    words = (ans.keyed(bits // 32 + 4, 0) >> np.uint64(32)).astype(np.uint32)
-    words[-1] |= 1
-    return words

@@ -11,6 +11,7 @@ from mrcnf.codec import parts
 from mrcnf.codec.parts import Rule
 from mrcnf.errors import UserError
 from mrcnf.flows.solve import FIXED
+from mrcnf.model.level import Level
 from mrcnf.model.model import MultiResolutionFlow
 
 STEPS = 64
@@ -90,9 +91,16 @@ class Settings:
 
 
 def default(model: MultiResolutionFlow) -> Settings:
-    """Settings that suit most models."""
+    """Those that were found for a model (`tuning`), or, level by level, what suits most.
+
+    Raises:
+        UserError: what is kept beside a level's weights are no settings.
+    """
     levels = {}
     for level in model:
+        if level.coding:
+            levels[level.resolution] = _kept(level)
+            continue
         # Coarser levels' coefficients are larger, in cells. The base's velocity bends the most, and
         # costs so little that better halves are a bargain.
         levels[level.resolution] = LevelSettings(
@@ -100,6 +108,16 @@ def default(model: MultiResolutionFlow) -> Settings:
             sigma=min(0.08, LevelSettings.sigma * 2**level.halvings),
         )
     return replace(fitting(levels), rule=Rule.of(model.multiple))
+
+
+def _kept(level: Level) -> LevelSettings:
+    try:
+        return LevelSettings(**level.coding)
+    except (TypeError, UserError) as error:
+        raise UserError(
+            f"level {level.resolution}: beside its weights are no settings of the codec ({error}); "
+            "run `mrcnf calibrate` again"
+        ) from None
 
 
 def fitting(levels: Mapping[int, LevelSettings]) -> Settings:

@@ -108,6 +108,8 @@ class Level(nn.Module):
         self.units = Standardisation(self.channels, logit=self._through_logit)
         self.coarse_units = None if self.is_base else Standardisation(model.channels, turned=False)
         self.register_buffer("noise", torch.zeros(self.channels, 1, 1))
+        self.coding: dict[str, Any] = {}
+        """How a codec was found to code this level best; it takes no part in the model."""
         self.register_load_state_dict_pre_hook(_rename)
 
     @property

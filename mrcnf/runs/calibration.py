@@ -1,9 +1,9 @@
 """What a codec was taught about a trained level, in a file beside its weights.
 
-    RUN/level-16/codec.safetensors     the heads `NearDiagonal` of the level's fields
+    RUN/level-16/codec.safetensors     the heads `NearDiagonal` of the level's fields, and settings
 
-It is no part of the model: nothing but a codec asks these heads. Files are coded with them or
-without, as they were there, and are decoded with the same.
+It is no part of the model: nothing but a codec asks for it. Files are coded with heads or without,
+as they were there, and are decoded with the same; settings are written into each file.
 """
 
 from __future__ import annotations
@@ -29,22 +29,24 @@ def fields_of(level: Level) -> list[ResidualField]:
 
 
 def save(folder: Path, level: Level) -> None:
-    """Write the heads of a level into its folder."""
+    """Write the heads of a level, and the settings to code it with, into its folder."""
     tensors: dict[str, Tensor] = {}
     for i, field in enumerate(fields_of(level)):
         if field.near is not None:
             tensors |= {f"{i}.{name}": t for name, t in field.near.state_dict().items()}
-    write_tensors(folder / HEADS, tensors, {"resolution": level.resolution})
+    metadata = {"resolution": level.resolution, "settings": level.coding}
+    write_tensors(folder / HEADS, tensors, metadata)
 
 
 def detach(level: Level) -> None:
-    """Take the heads off a level: what is left is what its file of weights holds."""
+    """Take all of it off a level: what is left is what its file of weights holds."""
+    level.coding = {}
     for field in fields_of(level):
         field.near = None
 
 
 def attach(folder: Path, level: Level) -> None:
-    """Give a level the heads that its folder holds, if any.
+    """Give a level the heads and the settings that its folder holds, if any.
 
     Raises:
         UserError: they are damaged, or of another level.
@@ -52,9 +54,9 @@ def attach(folder: Path, level: Level) -> None:
     path = folder / HEADS
     if not path.is_file():
         return
-    tensors, _ = read_tensors(path)
+    tensors, metadata = read_tensors(path)
     fields = fields_of(level)
-    heads = [field.new_near() for field in fields]
+    heads = [field.new_near() for field in fields] if tensors else []
     expected = {
         f"{i}.{name}": t.shape
         for i, head in enumerate(heads)
@@ -62,6 +64,7 @@ def attach(folder: Path, level: Level) -> None:
     }
     if expected != {name: t.shape for name, t in tensors.items()}:
         raise UserError(f"{path} does not fit the level beside it; run `mrcnf calibrate` again")
-    for i, (field, head) in enumerate(zip(fields, heads, strict=True)):
+    level.coding = dict(metadata.get("settings") or {})
+    for i, (field, head) in enumerate(zip(fields, heads, strict=bool(tensors))):
         head.load_state_dict({name: tensors[f"{i}.{name}"].float() for name in head.state_dict()})
         field.near = head

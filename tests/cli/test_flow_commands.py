@@ -186,7 +186,7 @@ def test_the_command_writes_heads_beside_the_weights(tmp_path, capsys):
     data = write_npz(tmp_path / "data")
     run = trained(tmp_path / "run", f"data.name={data}")
     before = files(run)
-    said = mrcnf_says(capsys, "calibrate", run, "--steps", "3")
+    said = mrcnf_says(capsys, "calibrate", run, "--steps", "3", "--images", "1")
     assert "level 2:" in said and "level 4:" in said
     written = {path for path in files(run) if path not in before}
     assert {path.name for path in written} == {calibration.HEADS} and len(written) == 2
@@ -195,15 +195,15 @@ def test_the_command_writes_heads_beside_the_weights(tmp_path, capsys):
 
 
 def test_what_cannot_be_calibrated_is_one_line(tmp_path, capsys):
-    run = trained(tmp_path / "run", "field.kind=paper")
-    assert "no residual field" in refused(capsys, "calibrate", run)
+    run = trained(tmp_path / "run", "flow.kind=coupling", "train.objective=likelihood")
+    assert "no continuous flow" in refused(capsys, "calibrate", run)
     assert "at least 1" in refused(capsys, "calibrate", run, "--steps", "0")
     assert "no level 8" in refused(capsys, "calibrate", run, "--level", "8")
 
 
 def test_half_copies_of_a_calibrated_run_open_with_its_heads(tmp_path, capsys):
     run = trained(tmp_path / "run", f"data.name={write_npz(tmp_path / 'data')}")
-    mrcnf_says(capsys, "calibrate", run, "--steps", "2")
+    mrcnf_says(capsys, "calibrate", run, "--steps", "2", "--images", "0")
     mrcnf_says(capsys, "assemble", run, "--out", tmp_path / "half", "--half")
     copy = mrcnf.load(tmp_path / "half")
     assert all(level.flow.fields[0].near is not None for level in copy)
