@@ -38,6 +38,8 @@ class Coded:
     """Of the file over the bound: steps, header, and what it takes to begin."""
     seconds: float
     """For all of this, with the decoding that shows that the file is right."""
+    bound_seconds: float
+    """Of these, for the bound (of all streams)."""
     begun: int
     """Images that were coded less accurately, in part or as a whole, as a file has no bits to
     begin with."""
@@ -166,7 +168,8 @@ def _numbers(
     padding = sum(own.padding for own in found)
     return Coded(
         data, len(images), len(stored), bits / max(1, dims), promised, overhead,
-        time.perf_counter() - started, sum(own.begun for own in found),
+        time.perf_counter() - started, sum(own.bound_seconds for own in found),
+        sum(own.begun for own in found),
         {resolution: some / fine for resolution, some in sorted(spent.items())},
         excess, 100 * padding / max(1, padding + pixels), sum(bool(own.streams) for own in found),
     )  # fmt: skip

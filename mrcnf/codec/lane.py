@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -66,6 +67,7 @@ class Lane:
     """The model's, in bits, on all images that are coded."""
     fine: float | None = None
     """And on those parts."""
+    bound_seconds: float = 0.0
 
 
 def encode(model: MultiResolutionFlow, job: ToEncode, tick: Tick) -> Lane:
@@ -253,9 +255,11 @@ class _Attempt:
             for resolution, bits in self.pushed.tallies[number].spent.items():
                 lane.spent[resolution] = lane.spent.get(resolution, 0.0) + bits
         if bound:
+            started = time.perf_counter()
             bounds = self._bounds(members)
             lane.fine = sum(bounds[i] for i in members)
             lane.bound = self._bound(bounds)
+            lane.bound_seconds = time.perf_counter() - started
         return lane
 
     @cached_property

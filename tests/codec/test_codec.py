@@ -232,32 +232,48 @@ def test_settings_are_checked():
             LevelSettings(**wrong)
 
 
-def test_another_process_decodes_it(tmp_path):
-    made, images = model(field=RESIDUAL), smooth(3, 8)
-    torch.save(images, tmp_path / "images.pt")
-    (tmp_path / "file.mrc").write_bytes(codec.compress(made, images, steps=STEPS))
-    here = os.path.dirname(__file__)
-    script = f"""
-import sys; sys.path[:0] = [{here!r}, {os.path.dirname(here)!r}]
+DECODE = f"""
+import sys; sys.path[:0] = {[os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]}
 import torch; torch.set_num_threads(2)
 from pathlib import Path
-from small import model
+from test_codec import MODELS, model, same
 from mrcnf import codec
-from mrcnf.model.settings import FieldConfig
-made = model(field=FieldConfig(width=4, depth=1))
-found = codec.decompress(made, Path("file.mrc").read_bytes())
-assert torch.equal(torch.stack(found), torch.load("images.pt"))
+made = model(**MODELS[sys.argv[1]])
+for path in sorted(Path.cwd().glob("*.mrc")):
+    images = torch.load(path.with_suffix(".pt"))
+    assert same(codec.decompress(made, path.read_bytes()), images), path
 """
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+
+
+def decode_elsewhere(folder, name, files):
+    """A fresh process decodes files of a model of `MODELS` and compares what comes out."""
+    for number, (data, images) in enumerate(files):
+        (folder / f"{number}.mrc").write_bytes(data)
+        torch.save([image.clone() for image in images], folder / f"{number}.pt")
+    subprocess.run([sys.executable, "-c", DECODE, name], cwd=folder, check=True)
+
+
+def test_another_process_decodes_it(tmp_path):
+    images = smooth(3, 8)
+    data = codec.compress(model(**MODELS["two blocks"]), images, steps=STEPS)
+    decode_elsewhere(tmp_path, "two blocks", [(data, images)])
 
 
 @pytest.mark.slow
 @EVERY
-def test_many_images_come_back(name):
+def test_many_images_come_back_in_another_process(name, tmp_path):
+    """For each model a thousand in one file, and single ones; eleven thousand in all."""
     made = model(**MODELS[name])
     channels, side = made.config.channels, made.config.finest
-    images = [
-        *noise(300, side, channels), *smooth(600, side, channels),
+    many = [
+        *noise(300, side, channels), *smooth(620, side, channels),
         *(image for _ in range(10) for image in assorted(channels, side)),
     ]  # fmt: skip
-    assert same(codec.decompress(made, codec.compress(made, images, steps=STEPS)), images)
+    assert len(many) >= 1000
+    files = [many, *([image] for image in assorted(channels, side))]
+    coded = [
+        codec.encode(made, images, steps=STEPS, verify=False, bound=False) for images in files
+    ]
+    assert not any(found.stored for found in coded)
+    pairs = [(found.data, images) for found, images in zip(coded, files, strict=True)]
+    decode_elsewhere(tmp_path, name, pairs)
