@@ -15,7 +15,12 @@ from mrcnf.runs import checkpoint
 
 
 def compress(
-    run: Run, images: Paths, out: Path, steps: int | None = None, json: Path | None = None
+    run: Run,
+    images: Paths,
+    out: Path,
+    steps: int | None = None,
+    portable: bool = False,
+    json: Path | None = None,
 ) -> None:
     """Write images into one small file, from which they come back bit for bit.
 
@@ -25,12 +30,16 @@ def compress(
         out: file to write, NAME.mrc.
         steps: short steps per level: more take longer and give smaller files; by default what
             was found to be best for the model.
+        portable: write a file that decodes on every machine and with every version of PyTorch;
+            it takes several times as long, to write and to read.
         json: file to write the numbers to.
     """
     model = checkpoint.load(run)
     names, pixels = pictures.gather(images, model.config.channels, out)
     note_unfinished(run)
-    result = codec.encode(model, pixels, names=names, steps=steps, progress=sys.stderr.isatty())
+    result = codec.encode(
+        model, pixels, names=names, steps=steps, portable=portable, progress=sys.stderr.isatty()
+    )
     files.write(out, result.data)
     print(f"{out}: {result}")
     if json is not None:

@@ -21,9 +21,11 @@ def compress(
     names: Sequence[str] | None = None,
     steps: int | None = None,
     settings: Settings | None = None,
+    portable: bool = False,
     progress: bool = False,
 ) -> bytes:
     """The bytes of a file from which `decompress` gets the images back; see `encode`."""
     return encode(
-        model, images, names=names, steps=steps, settings=settings, bound=False, progress=progress
-    ).data
+        model, images, names=names, steps=steps, settings=settings, portable=portable,
+        bound=False, progress=progress,
+    ).data  # fmt: skip

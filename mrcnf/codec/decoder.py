@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from mrcnf.codec.ans import CodingError, Stack
 from mrcnf.codec.blocks import Size
 from mrcnf.codec.contents import Contents, Stream, check_of
 from mrcnf.codec.identity import identity
+from mrcnf.codec.portable import portable as portably
 from mrcnf.codec.pyramid import coder_of
 from mrcnf.codec.ramp import PLAIN
 from mrcnf.codec.settings import Settings
@@ -82,7 +83,7 @@ def _coded(
     sizes = [Size(entry.height, entry.width) for entry in entries]
     channels = [entry.channels for entry in entries]
     try:
-        with decoding(model) as own:
+        with decoding(model, contents.settings.get("portable") is True) as own:
             found = pop_images(
                 own, contents.settings, contents.streams, sizes, channels, resolution, progress
             )
@@ -153,10 +154,11 @@ def _integers(found: object) -> list[int]:
 
 
 @contextmanager
-def decoding(model: MultiResolutionFlow) -> Iterator[MultiResolutionFlow]:
+def decoding(model: MultiResolutionFlow, portable: bool = False) -> Iterator[MultiResolutionFlow]:
     """Within: the networks as encoder and decoder have to run them.
 
-    On the CPU, in one thread, with nothing compiled or autocast, whatever they were before.
+    On the CPU, in one thread, with nothing compiled or autocast, whatever they were before;
+    `portable`, as all machines run them.
     """
     threads = torch.get_num_threads()
     training, device = model.training, model.device
@@ -164,8 +166,8 @@ def decoding(model: MultiResolutionFlow) -> Iterator[MultiResolutionFlow]:
     own.eval()
     torch.set_num_threads(1)
     try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            yield own
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), ExitStack() as stack:
+            yield stack.enter_context(portably(own)) if portable else own
     finally:
         torch.set_num_threads(threads)
         model.train(training)

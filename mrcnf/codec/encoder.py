@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,7 @@ def encode(
     names: Sequence[str] | None = None,
     steps: int | None = None,
     settings: Settings | None = None,
+    portable: bool = False,
     verify: bool = True,
     bound: bool = True,
     progress: bool = False,
@@ -88,6 +89,7 @@ def encode(
         names: one for each, of files; none by default.
         steps: of the finest level's flow: more take longer and come closer to the bound.
         settings: all about the code; by default those that suit most models.
+        portable: let every machine and version decode it, which takes longer.
         verify: decode the file and store as PNG what should not come back as it was.
         bound: find the model's bound on the same noise, too.
 
@@ -104,8 +106,9 @@ def encode(
         settings = default(model)
     if steps is not None:
         settings = with_steps(settings, steps)
+    settings = replace(settings, portable=portable or settings.portable)
     stored = dict[int, bytes]()
-    with decoding(model) as own:
+    with decoding(model, settings.portable) as own:
         # An image that cannot be coded is stored, and the rest coded again without it.
         while True:
             attempt = _Attempt(own, settings, images, [i not in stored for i in range(len(images))])
@@ -116,7 +119,8 @@ def encode(
                     stored[i] = encode_png(images[i])
                 continue
             break
-        bounds = attempt.bounds() if bound else None
+    with decoding(model) as own:
+        bounds = attempt.bounds(own) if bound else None
     entries = tuple(
         Entry(name, image.shape[1], image.shape[2], len(image), stored.get(i))
         for i, (name, image) in enumerate(zip(names, images, strict=True))
@@ -232,7 +236,7 @@ class _Attempt:
         return torch.equal(found, image)
 
     @torch.no_grad()
-    def bounds(self) -> list[float]:
+    def bounds(self, model: MultiResolutionFlow) -> list[float]:
         """The model's bound on every block, in bits, with the noise that it was coded with.
 
         What padding costs is in it.
@@ -241,16 +245,16 @@ class _Attempt:
         for number, (block, tally) in enumerate(
             zip(self.pushed.blocks, self.pushed.tallies, strict=True)
         ):
-            dtype = self.model.level(self.model.config.finest).dtype
+            dtype = model.level(model.config.finest).dtype
             generator = seeds.generator(seeds.of_batch(0, number))
             images = self._gather(block).to(torch.uint8)
             x, log_q = dequantise(
-                images, kind=self.model.config.pixel_noise, generator=generator, dtype=dtype
+                images, kind=model.config.pixel_noise, generator=generator, dtype=dtype
             )
             if tally.point is not None:
                 x = tally.point.to(dtype)
-                log_q = log_density(x * 256 - images, self.model.config.pixel_noise)
-            parts = likelihoods(self.model, x, log_q, generator=generator)
+                log_q = log_density(x * 256 - images, model.config.pixel_noise)
+            parts = likelihoods(model, x, log_q, generator=generator)
             total = sum(float(part.log_prob.double().sum()) for part in parts.values())
             found.append(-total / math.log(2))
         return found

@@ -51,16 +51,21 @@ class Settings:
     """By resolution."""
     bits: int
     """A cell is cut into 2^bits sub-cells."""
+    portable: bool = False
+    """Networks are computed so that all machines get the same (`portable`)."""
 
     LEAST, MOST = 4, 24
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or not self.LEAST <= self.bits <= self.MOST:
             raise UserError(f"codec bits must be from {self.LEAST} to {self.MOST}")
+        if not isinstance(self.portable, bool):
+            raise UserError(f"codec portable must be true or false, got {self.portable!r}")
 
     def table(self) -> dict[str, Any]:
         """As plain JSON."""
-        return {"bits": self.bits, "levels": {str(r): asdict(s) for r, s in self.levels.items()}}
+        table = {"bits": self.bits, "levels": {str(r): asdict(s) for r, s in self.levels.items()}}
+        return {**table, "portable": True} if self.portable else table
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any], model: MultiResolutionFlow) -> Settings:
@@ -78,7 +83,10 @@ class Settings:
         bits = table.get("bits")
         if not isinstance(bits, int):
             raise UserError("its settings say nothing of sub-cells")
-        return cls({int(r): LevelSettings(**own) for r, own in levels.items()}, bits)
+        portable = table.get("portable", False)
+        if portable is not ("portable" in table):
+            raise UserError("its settings are not those of this version")
+        return cls({int(r): LevelSettings(**own) for r, own in levels.items()}, bits, portable)
 
 
 def default(model: MultiResolutionFlow) -> Settings:
