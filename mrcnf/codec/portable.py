@@ -22,26 +22,27 @@ from mrcnf.model.model import MultiResolutionFlow
 
 Operation = Callable[..., Any]
 
-_MOVES = frozenset(
-    "_local_scalar_dense _reshape_alias _to_copy _unsafe_view alias all any argmax argmin "
-    "as_strided bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift "
-    "bitwise_xor cat clone constant_pad_nd copy detach diagonal empty empty_like empty_strided eq "
-    "equal expand eye fill flip full full_like gather ge gt index index_put index_select isfinite "
-    "isinf isnan le lift_fresh lift_fresh_copy logical_and logical_not logical_or logical_xor lt "
-    "masked_fill masked_scatter masked_select max_pool2d_with_indices ne new_empty "
-    "new_empty_strided new_full new_ones new_zeros nonzero ones ones_like pixel_shuffle "
-    "pixel_unshuffle permute reflection_pad2d repeat replication_pad2d roll scalar_tensor select "
-    "slice sort split split_with_sizes squeeze stack t topk transpose tril unbind unfold "
-    "unsafe_split unsqueeze upsample_nearest2d view where triu zero zeros zeros_like __lshift__ "
-    "__rshift__ __and__ __or__ __xor__ __ilshift__ __irshift__ __iand__ __ior__ __ixor__".split()
-)
-"""Of any type: they move, compare or choose, or are of whole numbers."""
-_DEFINED = frozenset(
-    "abs amax amin ceil clamp clamp_max clamp_min copysign floor frexp max maximum min minimum mul "
-    "nan_to_num neg relu sgn sign sqrt trunc".split()
-)
-"""Of whole numbers or double precision: IEEE 754 defines what comes out."""
-_OF_INTEGERS = frozenset("arange cumsum floor_divide fmod prod remainder".split())
+_MOVES = """
+    _local_scalar_dense _reshape_alias _to_copy _unsafe_view alias all any argmax argmin as_strided
+    bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor cat clone
+    constant_pad_nd copy detach diagonal empty empty_like empty_strided eq equal expand eye fill
+    flip full full_like gather ge gt index index_put index_select isinf isnan le lift_fresh
+    lift_fresh_copy logical_and logical_not logical_or logical_xor lt masked_fill masked_scatter
+    masked_select max_pool2d_with_indices ne new_empty new_empty_strided new_full new_ones new_zeros
+    nonzero ones ones_like permute pixel_shuffle pixel_unshuffle reflection_pad2d repeat
+    replication_pad2d roll scalar_tensor select slice sort split split_with_sizes squeeze stack t
+    transpose tril triu unbind unfold unsafe_split unsqueeze upsample_nearest2d view where zero
+    zeros zeros_like __and__ __iand__ __ilshift__ __ior__ __irshift__ __ixor__ __lshift__ __or__
+    __rshift__ __xor__
+"""
+"""Of any type: they move, compare or choose, or are of whole numbers alone."""
+_DEFINED = """
+    abs amax amin ceil clamp clamp_max clamp_min copysign floor frexp max maximum min minimum mul
+    nan_to_num neg relu sgn sign sqrt trunc
+"""
+"""Of whole numbers or in double precision: IEEE 754 defines what comes out."""
+_OF_INTEGERS = "arange cumsum floor_divide fmod prod remainder"
+"""Of whole numbers; in floating point they are unknown."""
 
 
 def _add(x: Any, y: Any, alpha: Any = 1) -> Any:
@@ -170,11 +171,11 @@ class Portable(TorchDispatchMode):
         base = name[:-1] if changes else name
         if space != "aten":
             raise _unknown(name)
-        if base in _MOVES:
-            return func  # type: ignore[no-any-return]
-        if base in _DEFINED:
+        if base in _MOVES.split():
+            return func
+        if base in _DEFINED.split():
             return lambda *args, **kwargs: _checked(base, args) and func(*args, **kwargs)
-        if base in _OF_INTEGERS:
+        if base in _OF_INTEGERS.split():
             return lambda *args, **kwargs: _whole(base, args) and func(*args, **kwargs)
         own = self._convolution if base == "convolution" else _OWN.get(base)
         if own is None:

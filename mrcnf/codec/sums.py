@@ -1,8 +1,8 @@
 """Sums that no library can make different by adding up in an order of its own.
 
-Sums of few terms are added in halves, one IEEE addition after another. Convolutions, which libraries
-must be left to do, are of whole numbers so small that double precision adds them exactly, in any
-order.
+Sums of few terms are added in halves, one IEEE addition after another. Convolutions, which
+libraries must be left to do, are of whole numbers so small that double precision adds them exactly,
+in any order.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ RANGE_BITS = 10
 """What convolutions are given is clamped to ±2^10."""
 _FINEST_BITS = 32
 """Of the fraction of what they are given."""
+_HUGE = 800
+"""Exponents that keep all of that far from where double precision ends."""
 _LARGEST = 1 << 22
 """Products that are held at a time."""
 
@@ -145,10 +147,10 @@ def rounded(weight: Tensor) -> tuple[Tensor, int]:
     Raises:
         CodingError: they are not finite.
     """
-    if not bool(weight.isfinite().all()):
-        raise CodingError("a network's weights are not finite")
     _, exponent = torch.frexp(weight.abs().amax((1, 2, 3), keepdim=True))
-    unit = power_of_two(exponent.clamp(-800, 800) - WEIGHT_BITS)
+    if not bool(weight.isfinite().all()) or int(exponent.max()) > _HUGE:
+        raise CodingError("a network's weights are not finite")
+    unit = power_of_two(exponent.clamp_min(-_HUGE) - WEIGHT_BITS)
     whole = (weight / unit).round()
     # Whole numbers below 2^53, of which any order makes the same sum.
     largest = max(1, int(whole.abs().sum((1, 2, 3)).max()))
