@@ -158,6 +158,11 @@ class Portable(TorchDispatchMode):
         self._convolutions = sums.Convolutions(model)
         self._known: dict[Any, Operation] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled; importing what would make sure of that takes seconds."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
