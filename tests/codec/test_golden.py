@@ -24,7 +24,7 @@ from mrcnf.model.settings import FieldConfig, FlowConfig, ModelConfig
 from mrcnf.runs import calibration, checkpoint
 from mrcnf.runs.tensors import read_tensors, write_tensors
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent / "golden/portable"
 IMAGES = GOLDEN / "images.npz"
 STEPS = 2
 SPLIT = {"kind": "coupling", "couplings": 1, "splits": 1, "shuffle": "context"}
@@ -72,7 +72,7 @@ def test_other_processors_decode_golden_files():
     script = "import test_golden as t; [t.test_golden_files_give_their_images(n) for n in t.MODELS]"
     for change in ({}, old):
         subprocess.run(
-            [sys.executable, "-c", script], cwd=GOLDEN.parent, env={**os.environ, **change},
+            [sys.executable, "-c", script], cwd=Path(__file__).parent, env={**os.environ, **change},
             check=True
         )
 
