@@ -19,6 +19,7 @@ def compress(
     images: Paths,
     out: Path,
     steps: int | None = None,
+    portable: bool = False,
     streams: int | None = None,
     workers: int | None = None,
     json: Path | None = None,
@@ -31,6 +32,8 @@ def compress(
         out: file to write, NAME.mrc.
         steps: short steps per level: more take longer and give smaller files; by default what
             was found to be best for the model.
+        portable: write a file that decodes on every machine and with every version of PyTorch;
+            it takes several times as long, to write and to read.
         streams: that can be coded at the same time, each of which has to begin; by default one for
             every half megapixel.
         workers: processes, of which no more than there are streams are used; by default one for
@@ -41,7 +44,7 @@ def compress(
     names, pixels = pictures.gather(images, model.config.channels, out)
     note_unfinished(run)
     result = codec.encode(
-        model, pixels, names=names, steps=steps, streams=streams,
+        model, pixels, names=names, steps=steps, portable=portable, streams=streams,
         workers=workers or runtime.cores(), progress=sys.stderr.isatty(),
     )  # fmt: skip
     files.write(out, result.data)

@@ -21,11 +21,12 @@ def compress(
     names: Sequence[str] | None = None,
     steps: int | None = None,
     settings: Settings | None = None,
+    portable: bool = False,
     workers: int = 1,
     progress: bool = False,
 ) -> bytes:
     """The bytes of a file from which `decompress` gets the images back; see `encode`."""
     return encode(
-        model, images, names=names, steps=steps, settings=settings, bound=False, workers=workers,
-        progress=progress,
+        model, images, names=names, steps=steps, settings=settings, portable=portable,
+        bound=False, workers=workers, progress=progress,
     ).data  # fmt: skip

@@ -8,13 +8,11 @@ where they are: noise that would lead out at one end comes in at the other, and 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from mrcnf.codec.ans import CodingError, Stack
-from mrcnf.codec.tables import OCTAVE
+from mrcnf.codec.tables import LOG_2, OCTAVE
 from mrcnf.image import haar
 from mrcnf.image.learned_noise import PAIRS, bend, unbend
 from mrcnf.image.noise import GAUSSIAN_STD
@@ -133,7 +131,7 @@ def _behind(z: Tensor, n: Tensor, shift: Tensor, slope: Tensor) -> tuple[Tensor,
 
 
 def _index(log_scale: Tensor) -> Tensor:
-    index = _SIGMA + (OCTAVE / math.log(2) * log_scale.nan_to_num()).round()
+    index = _SIGMA + (OCTAVE / LOG_2 * log_scale.nan_to_num()).round()
     return index.clamp(_LEAST, _MOST).long()
 
 

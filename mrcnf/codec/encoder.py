@@ -75,6 +75,7 @@ def encode(
     names: Sequence[str] | None = None,
     steps: int | None = None,
     settings: Settings | None = None,
+    portable: bool = False,
     streams: int | None = None,
     verify: bool = True,
     bound: bool = True,
@@ -89,6 +90,7 @@ def encode(
         names: one for each, of files; none by default.
         steps: of the finest level's flow: more take longer and come closer to the bound.
         settings: all about the code; by default those that suit the model.
+        portable: let every machine and version decode it, which takes longer.
         streams: that can be coded at the same time; each of them has to begin. By default one
             for every half megapixel.
         verify: decode the file and store as PNG what should not come back as it was.
@@ -111,6 +113,7 @@ def encode(
         settings = default(model)
     if steps is not None:
         settings = with_steps(settings, steps)
+    settings = replace(settings, portable=portable or settings.portable)
     pixels = [image[0].numel() for image in images]
     if len(parts.cut([Size(*image.shape[1:]) for image in images], settings.rule)) == len(images):
         settings = replace(settings, rule=None)

@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,7 @@ from mrcnf.codec.blocks import Block, Group, Size
 from mrcnf.codec.contents import Stream, check_of
 from mrcnf.codec.lanes import Tick
 from mrcnf.codec.parts import Part
+from mrcnf.codec.portable import portable as portably
 from mrcnf.codec.pyramid import Failed, Pushed, coder_of
 from mrcnf.codec.ramp import PLAIN
 from mrcnf.codec.settings import Settings
@@ -73,7 +74,7 @@ class Lane:
 def encode(model: MultiResolutionFlow, job: ToEncode, tick: Tick) -> Lane:
     """Code a lane's images."""
     images, stored = job.images, dict[int, bytes]()
-    with decoding(model) as own:
+    with decoding(model, job.settings.portable) as own:
         # An image that cannot be coded is stored, and the rest coded again without it.
         while True:
             coded = [i not in stored for i in range(len(images))]
@@ -84,7 +85,9 @@ def encode(model: MultiResolutionFlow, job: ToEncode, tick: Tick) -> Lane:
                 for i in attempt.culprits(failure.members):
                     stored[i] = encode_png(images[i])
                 continue
-            return attempt.lane(stored, job.bound)
+            break
+    with decoding(model) as attempt.model:  # the bound is that of the usual arithmetic
+        return attempt.lane(stored, job.bound)
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def decode(model: MultiResolutionFlow, job: ToDecode, tick: Tick) -> list[Tensor
     Raises:
         CodingError: into these none were.
     """
-    with decoding(model) as own:
+    with decoding(model, job.settings.portable) as own:
         return pop_images(own, job, tick)
 
 
@@ -158,10 +161,11 @@ def _integers(found: object) -> list[int]:
 
 
 @contextmanager
-def decoding(model: MultiResolutionFlow) -> Iterator[MultiResolutionFlow]:
+def decoding(model: MultiResolutionFlow, portable: bool = False) -> Iterator[MultiResolutionFlow]:
     """Within: the networks as encoder and decoder have to run them.
 
-    On the CPU, in one thread, with nothing compiled or autocast, whatever they were before.
+    On the CPU, in one thread, with nothing compiled or autocast, whatever they were before;
+    `portable`, as all machines run them.
     """
     threads = torch.get_num_threads()
     training, device = model.training, model.device
@@ -169,8 +173,8 @@ def decoding(model: MultiResolutionFlow) -> Iterator[MultiResolutionFlow]:
     own.eval()
     torch.set_num_threads(1)
     try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            yield own
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), ExitStack() as stack:
+            yield stack.enter_context(portably(own)) if portable else own
     finally:
         torch.set_num_threads(threads)
         model.train(training)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mrcnf.codec import lifting
 from mrcnf.codec.ans import CodingError
-from mrcnf.codec.tables import OCTAVE
+from mrcnf.codec.tables import LOG_2, OCTAVE, nearest
 from mrcnf.image import haar
 from mrcnf.model.level import Level
 
@@ -69,11 +69,11 @@ class Lattice:
 
     def index(self, cells: float) -> int:
         """Index (`tables`) of a standard deviation given in cells."""
-        return max(0, round(OCTAVE * math.log2(cells * self.cell)))
+        return nearest(cells * self.cell)
 
     def deviations(self, log_std: Tensor) -> Tensor:
         """Indices of standard deviations, from their logs in flow units."""
-        index = OCTAVE * (log_std.double() / math.log(2) - self.unit.log2())
+        index = OCTAVE * (log_std.double() / LOG_2 - self.unit.log2())
         return index.round().clamp(0, _WIDEST).long()
 
 

@@ -64,25 +64,28 @@ def _move(step: Shear | Flip, channels: list[Tensor], sign: int) -> None:
 def rotation(axes: Tensor) -> Map:
     """An orthogonal matrix (C, C) as plane rotations of three shears each, and flips.
 
-    A matrix that is orthogonal to single precision only gives the rotation next to it.
+    A matrix that is orthogonal to single precision only gives the rotation next to it. Sines and
+    cosines come from roots, which all machines round alike.
     """
     rest, turns = axes.double().tolist(), []
     size = len(rest)
     # From the right, Givens rotations of the columns make the matrix diagonal.
     for row in range(size):
         for other in range(row + 1, size):
-            angle = math.atan2(rest[row][other], rest[row][row])
-            if angle > math.pi / 2 or angle < -math.pi / 2:
-                angle -= math.copysign(math.pi, angle)  # leaves a -1 on the diagonal
-            cosine, sine = math.cos(angle), math.sin(angle)
+            along, across = rest[row][row], rest[row][other]
+            length = math.sqrt(along * along + across * across)
+            if not length:
+                continue
+            # By at most a quarter turn, which may leave a -1 on the diagonal.
+            cosine, sine = abs(along) / length, (across if along >= 0 else -across) / length
             for line in rest:
                 a, b = line[row], line[other]
                 line[row], line[other] = cosine * a + sine * b, cosine * b - sine * a
-            turns.append((row, other, angle))
+            turns.append((row, other, cosine, sine))
     steps: list[Shear | Flip] = []
-    for i, j, angle in turns:
-        if angle:
-            half, sine = math.tan(angle / 2), math.sin(angle)
+    for i, j, cosine, sine in turns:
+        if sine:
+            half = sine / (1 + cosine)
             steps += [Shear(i, j, half), Shear(j, i, -sine), Shear(i, j, half)]
     return [*steps, *(Flip(i) for i in range(size) if rest[i][i] < 0)]
 

@@ -56,7 +56,7 @@ def at(settings: Settings, rung: int) -> Settings:
         )
         for resolution, own in settings.levels.items()
     }
-    return Settings(levels, min(rough.bits, settings.bits))
+    return replace(settings, levels=levels, bits=min(rough.bits, settings.bits))
 
 
 class Ramp:

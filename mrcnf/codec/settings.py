@@ -56,18 +56,24 @@ class Settings:
     """A cell is cut into 2^bits sub-cells."""
     rule: Rule | None = None
     """How images are cut; None: they are whole."""
+    portable: bool = False
+    """Networks are computed so that all machines get the same (`portable`)."""
 
     LEAST, MOST = 4, 24
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or not self.LEAST <= self.bits <= self.MOST:
             raise UserError(f"codec bits must be from {self.LEAST} to {self.MOST}")
+        if not isinstance(self.portable, bool):
+            raise UserError(f"codec portable must be true or false, got {self.portable!r}")
 
     def table(self) -> dict[str, Any]:
         """As plain JSON."""
         levels = {str(r): asdict(own) for r, own in self.levels.items()}
         table: dict[str, Any] = {"bits": self.bits, "levels": levels}
-        return table if self.rule is None else {**table, parts.KEY: self.rule.table()}
+        if self.rule is not None:
+            table[parts.KEY] = self.rule.table()
+        return {**table, "portable": True} if self.portable else table
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any], model: MultiResolutionFlow) -> Settings:
@@ -86,8 +92,12 @@ class Settings:
         bits = table.get("bits")
         if not isinstance(bits, int):
             raise UserError("its settings say nothing of sub-cells")
+        portable = table.get("portable", False)
+        if portable is not ("portable" in table):
+            raise UserError("its settings are not those of this version")
         rule = Rule.from_table(table, model.multiple)
-        return cls({int(r): LevelSettings(**own) for r, own in levels.items()}, bits, rule)
+        own = {int(r): LevelSettings(**own) for r, own in levels.items()}
+        return cls(own, bits, rule, portable)
 
 
 def default(model: MultiResolutionFlow) -> Settings:

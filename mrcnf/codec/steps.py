@@ -23,7 +23,6 @@ prior. What is left in the end is standard normal.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +32,7 @@ from torch import Tensor
 
 from mrcnf.codec.ans import Stack
 from mrcnf.codec.lattice import Lattice
-from mrcnf.codec.tables import OCTAVE, Integers
+from mrcnf.codec.tables import LOG_2, OCTAVE, Integers, width
 from mrcnf.flows.base import Bridge, Leave, Lift, Sight, Step
 
 Piece = Step | Bridge | Leave
@@ -170,7 +169,7 @@ class Code:
 
     def _ahead(self, x: State, step: Step) -> tuple[Integers, Tensor]:
         """Indices of σ·s and F(x), of the channels that a step changes."""
-        stretch = OCTAVE * step.log_scale(x.y)[:, step.kept :].double() / math.log(2)
+        stretch = OCTAVE * step.log_scale(x.y)[:, step.kept :].double() / LOG_2
         index = stretch.nan_to_num().round().clamp(-MOST, MOST).long() + self.sigma
         reached = self.lattice.nearest(step.forward(x.y))
         return index.clamp_min(0).numpy(), reached[:, step.kept :]
@@ -212,9 +211,9 @@ class Code:
 
     def _seen(self, sight: Sight, t: float, sign: int) -> _Seen:
         """What an end of a bridge knows of its middle: 1 from x, -1 from z."""
-        limit = MOST * math.log(2) / OCTAVE
+        limit = MOST * LOG_2 / OCTAVE
         half = sign * sight.half.double().nan_to_num().clamp(-limit, limit)
-        scale = self._sigmas(t) + OCTAVE / math.log(2) * half
+        scale = self._sigmas(t) + OCTAVE / LOG_2 * half
         return _Seen(
             self.lattice, self.lattice.nearest(sight.y), scale.round().clamp_min(0).long(),
             half.exp(), sight.coupling, sign,
@@ -222,8 +221,8 @@ class Code:
 
     def _sigmas(self, t: float) -> Tensor:
         """Indices of σ, (C, 1, 1) or (1, 1, 1), not rounded."""
-        width = 2 ** (self.sigma / OCTAVE) + self.growth * t / self.lattice.unit
-        return OCTAVE * width.log2()
+        found = width(self.sigma) + self.growth * t / self.lattice.unit
+        return OCTAVE * found.log2()
 
     def _push_leaving(self, stack: Stack, state: State, piece: Leave) -> State:
         stays = self._state(state.integers[:, : piece.stays].contiguous())

@@ -20,6 +20,8 @@ PRECISION = 24
 """Frequencies of a table add up to 2^PRECISION, which is what the entropy coder works with."""
 OCTAVE = 64
 """Indices by which a standard deviation doubles."""
+LOG_2 = 0.6931471805599453
+"""Written out, as the last digit of a library's is its own."""
 WIDEST = 6 * OCTAVE
 """Standard deviations from 2^6 on are coded in two parts, see `ans.Stack`."""
 TAILS = 8
@@ -27,14 +29,15 @@ TAILS = 8
 ESCAPE = 16
 """Frequency of what is not in a table, 2^-20 of all."""
 
-_DIGITS = Context(prec=60)
+DIGITS = Context(prec=60)
+"""What decimals are computed with."""
 _BITS = 128  # of the fixed-point numbers below: the tail of a table is 2^-46
 
 
 @cache
 def reach(index: int) -> int:
     """The largest value in the table of a standard deviation 2^(index/64)."""
-    with localcontext(_DIGITS):
+    with localcontext(DIGITS):
         return int((TAILS * _std(index)).to_integral_value(ROUND_CEILING))
 
 
@@ -55,7 +58,7 @@ def gaussian(index: int) -> Integers:
         raise ValueError(f"there is no table of index {index}")
     # exp(-g²/2s²) = r^(g²) with r = exp(-1/2s²): the next is the last times r^(2g+1).
     one = 1 << _BITS
-    with localcontext(_DIGITS):
+    with localcontext(DIGITS):
         ratio = int((Decimal(-1) / (2 * _std(index) ** 2)).exp() * one)
     squared, factor, weight, half = ratio * ratio >> _BITS, ratio, one, []
     for _ in range(reach(index)):
@@ -86,7 +89,7 @@ def laplace(index: int) -> Integers:
         index: 0 ≤ index < LAPLACES.
     """
     one = 1 << _BITS
-    with localcontext(_DIGITS):
+    with localcontext(DIGITS):
         scale = (Decimal(2).ln() * (index - 32) / 8).exp()
         ratio = int((-1 / scale).exp() * one)
         reach = min(1023, int(14 * scale) + 4)
@@ -97,10 +100,23 @@ def laplace(index: int) -> Integers:
     return _frequencies([*reversed(half), one, *half, one >> 16])
 
 
+def nearest(std: float) -> int:
+    """The index of the standard deviation next to this one, at least 0."""
+    with localcontext(DIGITS):
+        octaves = Decimal(std).ln() / Decimal(2).ln()
+        return max(0, int((OCTAVE * octaves).to_integral_value()))
+
+
+@cache
+def width(index: int) -> float:
+    """2^(index/64)."""
+    return float(_std(index))
+
+
 @cache
 def logarithm(value: int) -> int:
     """64·log₂(1 + value), rounded."""
-    with localcontext(_DIGITS):
+    with localcontext(DIGITS):
         return int((OCTAVE * Decimal(1 + value).ln() / Decimal(2).ln()).to_integral_value())
 
 
@@ -112,7 +128,7 @@ def truncated(widths: int, bits: int) -> Integers:
         widths: how many standard deviations that interval is wide.
     """
     parts = 1 << bits
-    with localcontext(_DIGITS):
+    with localcontext(DIGITS):
         places = (Decimal(widths * (2 * i + 1 - parts)) / (2 * parts) for i in range(parts))
         return _frequencies([int((-(place**2) / 2).exp().scaleb(36)) for place in places])
 
@@ -132,5 +148,5 @@ def _frequencies(weights: list[int]) -> Integers:
 
 
 def _std(index: int) -> Decimal:
-    with localcontext(_DIGITS):
+    with localcontext(DIGITS):
         return (Decimal(2).ln() * index / OCTAVE).exp()

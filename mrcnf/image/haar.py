@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mrcnf.errors import UserError
 
-SCALE = 2.0 ** (2.0 / 3.0)
-"""The constant c that makes the transform unimodular."""
+SCALE = 1.5874010519681994
+"""The constant c = 2^(2/3) that makes the transform unimodular, which all machines are to have to
+the last digit."""
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -72,7 +72,10 @@ def test_names_and_order_are_kept(coded):
 def test_one_array_comes_out_of_images_of_one_size(made, pictures, tmp_path, capsys):
     path, back = tmp_path / "n.mrc", tmp_path / "back"
     given = [pictures / "many.npz", pictures / "zebra.png"]
-    mrcnf_says(capsys, "compress", made.run, *given, "--out", path, "--steps", 2)
+    mrcnf_says(
+        capsys, "compress", made.run, *given, "--out", path, "--steps", 2, "--portable"
+    )
+    assert container.unpack(path.read_bytes()).settings["portable"]
     said = mrcnf_says(capsys, "decompress", path, "--run", made.run, "--out", back, "--npz")
     assert said == f"{back / 'n.npz'}: 4 images\n"
     pixels, _ = read_npz(back / "n.npz")
