@@ -7,7 +7,8 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 from benchmarks import couplings, machine, scaling, solves, steps
 from benchmarks.workload import Workload, paper_model
 
-WORKS = ("ml_step", "fm_step", "coupling_step", "evaluate", "sample", "scale")
+CODING = ("compress", "decompress")
+WORKS = ("ml_step", "fm_step", "coupling_step", "evaluate", "sample", "scale", *CODING)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +62,7 @@ def measure(device: str, wanted: list[str], options: argparse.Namespace) -> list
     about = {"device": device, **environment(device), **work.about, "quick": quick}
     print(f"# {about}\n# {convolutions(work)}")
     print(f"{'work':14}{'ratio':>7} {'(min–max)':>13}{'ours':>10}{'reference':>11}{'MiB':>7}  what")
-    makers = {
+    makers: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "ml_step": lambda: steps.ml_rows(work, repeats, quick),
         "fm_step": lambda: steps.fm_rows(work, repeats),
         "coupling_step": lambda: couplings.coupling_rows(device, batch, repeats),
@@ -68,6 +70,8 @@ def measure(device: str, wanted: list[str], options: argparse.Namespace) -> list
         "sample": lambda: solves.sample_rows(work, repeats),
         "scale": lambda: scaling.scale_rows(device, 1 if quick else 3, quick),
     }
+    if not set(CODING).isdisjoint(wanted):
+        makers |= coders(device, batch, 1 if quick else 2, quick)
     rows: list[dict[str, Any]] = []
     for name in WORKS:
         if name in wanted:
@@ -77,6 +81,23 @@ def measure(device: str, wanted: list[str], options: argparse.Namespace) -> list
             rows += found
     print(f"# {device}: {time.perf_counter() - started:.0f} s in all", flush=True)
     return rows
+
+
+def coders(
+    device: str, batch: int, repeats: int, quick: bool
+) -> dict[str, Callable[[], list[dict[str, Any]]]]:
+    """The makers of rows of coding; where it is not possible they say why and make none."""
+    try:
+        from benchmarks import coding
+
+        reason = coding.missing(device)
+    except ImportError as error:  # a bare machine
+        reason = str(error)
+    if reason:
+        print(f"# {', '.join(CODING)}: skipped: {reason}")
+        return {name: list for name in CODING}
+    bench = coding.Bench(batch, quick)
+    return {name: partial(bench.rows, name, repeats) for name in CODING}
 
 
 def environment(device: str) -> dict[str, object]:
@@ -102,6 +123,14 @@ def show(row: dict[str, Any]) -> None:
     extra = ""
     if "share_of_convolutions" in row:
         extra = f" · {row['share_of_convolutions']:.0%} of bare convolutions"
+    if "megabytes_per_second" in row:
+        extra += (
+            f" · {row['megabytes_per_second']:.4f} MB/s"
+            f" · {row['evaluations_per_pixel']:.0f} evaluations a pixel"
+            f" (reference {row['reference_evaluations_per_pixel']:.0f})"
+            f" · {row['bits_per_dim']:.3f} bits/dim"
+            f" ({row['bits_over_reference']:+.3f} over the reference)"
+        )
     spread = f"({row['ratio_min']:.1f}–{row['ratio_max']:.1f})"
     print(
         f"{row['work']:14}{row['ratio']:6.1f}× {spread:>13}{row['seconds']:9.4f}s"

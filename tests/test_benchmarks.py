@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from benchmarks import machine, steps, timing, workload
-from benchmarks.__main__ import WORKS, main
+from benchmarks import coding, machine, steps, timing, workload
+from benchmarks.__main__ import CODING, WORKS, coders, main
+from mrcnf.model.settings import FieldConfig, ModelConfig
 
 KEYS = {"work", "device", "ratio", "seconds", "reference_seconds", "peak_bytes"}
 
@@ -17,6 +18,8 @@ KEYS = {"work", "device", "ratio", "seconds", "reference_seconds", "peak_bytes"}
 @pytest.mark.slow
 def test_a_quick_run_writes_rows_of_the_contract(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MRCNF_DATA", str(tmp_path))  # photos, whatever lies on this machine
+    monkeypatch.setattr(coding, "MODEL", tmp_path / "none")
+    monkeypatch.setattr(coding, "FIELD", FieldConfig(width=8, depth=1))
     out, figure = tmp_path / "rows.json", tmp_path / "scale.png"
     arguments = ["--quick", "--device", "cpu", "--batch", "1", "--repeats", "1", "--train", "4"]
     assert main([*arguments, "--json", str(out), "--plot", str(figure)]) == 0
@@ -68,6 +71,31 @@ def test_flop_of_a_step_are_counted():
     once = machine.flop(lambda: steps.likelihood_step(level, x, log_q, steps.Solver("euler", 1)))
     twice = machine.flop(lambda: steps.likelihood_step(level, x, log_q, steps.Solver("euler", 2)))
     assert 0 < 1.8 * once < twice < 2.2 * once
+
+
+def test_coding_is_timed_on_both_sides(tmp_path, monkeypatch):
+    monkeypatch.setattr(coding, "MODEL", tmp_path / "none")
+    monkeypatch.setattr(coding, "CONFIG", ModelConfig((4, 8), channels=3))
+    monkeypatch.setattr(coding, "FIELD", FieldConfig(width=4, depth=1))
+    bench = coding.Bench(2, quick=True)
+    for work in CODING:  # popping compares with what was pushed
+        (row,) = bench.rows(work, 1)
+        assert row.keys() >= (KEYS - {"device"}) | {"name", "settings", "reference_settings"}
+        # Euler halves from both ends, the middle, and what neighbours share; the base's midpoints.
+        assert row["nfe"] == {4: 4 * 16 + 1, 8: 2 * 16 + 1}
+        assert row["evaluations_per_pixel"] == (65 + 33) * 16 / 64
+        assert all(passes > 5 * row["nfe"][r] for r, passes in row["reference_nfe"].items())
+        assert abs(row["bits_over_reference"]) < 0.2 < row["bits_per_dim"]
+        assert 0 < row["share_of_convolutions"] < 1 and row["megabytes_per_second"] > 0
+
+
+def test_coding_is_left_out_where_it_cannot_be(monkeypatch, capsys):
+    makers = coders("cuda", 1, 1, True)
+    assert [make() for make in makers.values()] == [[], []] and set(makers) == set(CODING)
+    assert "CPU" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    assert coders("cpu", 1, 1, True)["compress"]() == []
+    assert "mrcnf[compress]" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch's tracer warns of what it does itself
