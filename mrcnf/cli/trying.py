@@ -60,7 +60,8 @@ def attack(
         epsilon: how far a pixel may move, in grey levels; one row for each.
         limit: attack the first so many test images, 0 for all.
         steps: gradients per restart.
-        step_size: the first step in grey levels, ε by default; steps fall to 0 along a cosine.
+        step_size: the first step in grey levels, by default ε, or ε/4 with --minimise; steps
+            fall to 0 along a cosine.
         restarts: starts, the best of which counts: the image, then others in the ball.
         draws: draws of noise and probes that a gradient, and an evaluation, is the mean of.
         minimise: make the images cost few bits instead: outliers that are to look typical.

@@ -26,7 +26,9 @@ from mrcnf.measure.evaluate import bits_by_level
 from mrcnf.model.level import Level, check_size, likelihoods
 
 STRIDE = 1.0
-"""The first step, in ε, unless one is given."""
+"""The first step, in ε, unless one is given: from corner to corner, where many bits are."""
+MINIMISING_STRIDE = 0.25
+"""The same where few bits are wanted: typical images lie close together, large steps miss them."""
 
 Slope = Callable[[Tensor], Tensor]
 """From uint8 images (N, C, H, W) to the gradient of what is to grow by their pixels, so shaped."""
@@ -63,17 +65,18 @@ def attack(
     """Images within ε grey levels of the given ones that cost as many bits as can be found.
 
     The first start is the image itself, others are drawn in the ball; what is kept, image by
-    image, is the best of them on noise of its own. Solver and trace are each level's own.
+    image, is the best of their ends and of the image itself, on noise of its own. Solver and
+    trace are each level's own.
 
     Args:
         levels: a model, or some of its levels, whose bits count.
         images: uint8 (N, C, H, W).
         epsilon: of the ball, 1 to 255.
         steps: gradients per restart; every one costs an evaluation and its backward pass.
-        step_size: the first step in grey levels, `STRIDE`·ε by default; they shrink as `ascend`
-            says.
+        step_size: the first step in grey levels, `STRIDE`·ε or `MINIMISING_STRIDE`·ε by default;
+            they shrink as `ascend` says.
         restarts: starts.
-        draws: noise draws that a gradient is the mean of, and that restarts are compared on.
+        draws: noise draws that a gradient is the mean of, and that ends are compared on.
         minimise: find images that cost few bits instead.
         batch: images at once, whose solves must fit into memory with their gradients.
         seed: of starts, noise and probes.
@@ -87,7 +90,8 @@ def attack(
     check_images(images, levels[0].model.channels)
     check_size(levels, images.shape[2:])
     started, sign = time.perf_counter(), -1 if minimise else 1
-    stride = STRIDE * epsilon if step_size is None else step_size
+    default = MINIMISING_STRIDE if minimise else STRIDE
+    stride = default * epsilon if step_size is None else step_size
     rank, world = runtime.rank_and_world()
     chunks = list(images.split(batch))
     found = torch.zeros(restarts, *images.shape)
@@ -122,15 +126,13 @@ def attack(
         found, trajectory = (
             runtime.sum_over_processes(tensor, levels[0].device) for tensor in (found, trajectory)
         )
-    best = torch.zeros(len(images), dtype=torch.long)
-    candidates = found.to(torch.uint8)
-    if restarts > 1:
-        judge = seeds.seed_of(seed, 0, "restarts") % 10**12
-        bits = [
-            bits_by_level(levels, c, batch=batch, draws=draws, seed=judge).sum(0)
-            for c in candidates
-        ]
-        best = (sign * torch.stack(bits)).argmax(0)
+    candidates = torch.cat((images.cpu()[None], found.to(torch.uint8)))
+    judge = seeds.seed_of(seed, 0, "ends") % 10**12
+    ends = [
+        bits_by_level(levels, pixels, batch=batch, draws=draws, seed=judge).sum(0)
+        for pixels in candidates
+    ]
+    best = (sign * torch.stack(ends)).argmax(0)
     return AttackResult(
         candidates[best, torch.arange(len(images))],
         (trajectory / (restarts * len(images))).tolist(),

@@ -155,6 +155,12 @@ def test_more_steps_and_restarts_find_no_less():
     assert mean(steps=4, restarts=3) > some - 1e-3
 
 
+def test_the_image_itself_is_kept_where_the_attack_found_worse():
+    model, pixels = build(COUPLINGS, size=0.3), smooth_images(4, side=8, seed=5)
+    wild = attack(model, pixels, epsilon=60, steps=1, step_size=60, minimise=True)
+    assert torch.equal(wild.pixels, pixels)
+
+
 def test_batches_and_seeds():
     model, pixels = build(COUPLINGS), smooth_images(5, side=8)
     first = attack(model, pixels, epsilon=2, steps=2, batch=2)
