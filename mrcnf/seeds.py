@@ -8,6 +8,10 @@
 | the images that a step measures an order on | `seed_of(S, R, "STEP/order")` |
 | the images, times and signs that a codec's heads are fitted to | `seed_of(S, R, "calibration")` |
 | an evaluation's noise and probes, by batch and draw | `of_batch(S, batch, draw)` |
+| an attack's start, noise and probes, by restart and batch | `seed_of(S, 0, "attack ε/K/B")` |
+| the noise and probes to compare its ends on | `of_batch(seed_of(S, 0, "ends"), …)` |
+| random signs to compare an attack with | `seed_of(S, 0, "signs ε")` |
+| the images that a model is tried on that are drawn, not read; resamples of an interval | S |
 | samples, upscaled images | S itself |
 | probes of a flow's short steps | S + the number of the step |
 

@@ -52,7 +52,8 @@ def workplace(tiny_run):
     (tiny_run / "runs/cifar10-cpu").symlink_to(tiny_run / "runs/demo")
     noise = torch.randint(0, 256, (4, 1, 64, 64), dtype=torch.uint8)
     for i, image in enumerate(noise):
-        save_image(tiny_run / f"photos/train/{i}.png", image)
+        for split in ("train", "test"):
+            save_image(tiny_run / f"photos/{split}/{i}.png", image)
     save_image(tiny_run / "photo.png", noise[0, :, :16, :16])
     return tiny_run
 
@@ -77,7 +78,7 @@ def test_the_commands_run(command, workplace, monkeypatch, capsys):
     words = shlex.split(command.replace("--n 64", "--n 4"))[1:]
     quick = {
         "train": ["--dry-run"], "extend": ["train.steps=1", "train.batch=2"],
-        "compress": ["--steps", "2"],
+        "compress": ["--steps", "2"], "attack": ["--steps", "2"],
     }  # fmt: skip
     cli.main([*words, *quick.get(words[0], [])])
     assert capsys.readouterr().out

@@ -16,6 +16,7 @@ from torch import Tensor
 from mrcnf.errors import UserError
 from mrcnf.image import haar
 from mrcnf.image.noise import GAUSSIAN_STD
+from mrcnf.image.straight import floor, straight
 
 
 class Pyramid(ABC):
@@ -134,7 +135,18 @@ class Integer(Pyramid):
         detail, coarse = haar.lift(integers)
         first, *others = haar.patches(noise)
         cells = 2**self.nbits
-        return (detail + torch.cat(others, 1)) / cells, (coarse + first) / cells
+        detail = (detail + torch.cat(others, 1)) / cells
+        coarse = (coarse + first) / cells
+        if not x.requires_grad:
+            return detail, coarse
+        rows, columns, diagonal, means = self._unrounded(x)
+        return straight(detail, torch.cat((rows, columns, diagonal), 1)), straight(coarse, means)
+
+    def _unrounded(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`haar.lift` of x without its floors, whose gradient `down` has."""
+        detail, means = haar.split(x)
+        rows, columns, diagonal = detail.chunk(3, dim=1)
+        return rows * haar.SCALE / 2, columns * haar.SCALE / 2, diagonal * haar.SCALE, means
 
     def up(self, detail: Tensor, coarse: Tensor) -> Tensor:
         (details, others), (means, first) = self._parts(detail), self._parts(coarse)
@@ -148,7 +160,7 @@ class Integer(Pyramid):
 
     def known(self, coarse: Tensor) -> Tensor:
         cells = 2**self.nbits
-        return ((coarse * cells).floor() + 0.5) / cells
+        return (floor(coarse * cells) + 0.5) / cells
 
     def contain(self, x: Tensor, coarse: Tensor) -> Tensor:
         detail, _ = self.down(x)

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from mrcnf.errors import UserError
 from mrcnf.image.grid import grid
@@ -72,11 +74,30 @@ def classical_sizes(images: Tensor, names: Sequence[str] = ()) -> list[Size]:
     ]
 
 
+def bits_of_files(images: Tensor, name: str, *, progress: bool = False) -> Tensor:
+    """Bits per dimension of a file of one format for each image, (N,) in double precision.
+
+    Args:
+        images: uint8 (N, C, H, W), C being 1 or 3, on the CPU.
+        name: of a format, a key of `FORMATS`.
+        progress: show a bar on stderr.
+
+    Raises:
+        UserError: the format needs an extra that is not installed.
+    """
+    encode = FORMATS[name].encode
+    bar = tqdm(images, desc=name, unit="image", disable=not progress)
+    sizes = [len(encode(_array(picture))) for picture in bar]
+    return 8 * torch.tensor(sizes, dtype=torch.float64) / images[0].numel()
+
+
+def _array(picture: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(picture.permute(1, 2, 0).squeeze(2).numpy())
+
+
 def _size(name: str, images: Tensor, mosaic: bool) -> Size:
     pictures = [grid(images, gap=0)] if mosaic else list(images)
-    arrays = [
-        np.ascontiguousarray(picture.permute(1, 2, 0).squeeze(2).numpy()) for picture in pictures
-    ]
+    arrays = [_array(picture) for picture in pictures]
     form = FORMATS[name]
     started = time.perf_counter()
     coded = [form.encode(array) for array in arrays]

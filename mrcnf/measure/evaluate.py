@@ -294,6 +294,25 @@ def _bits(
     return bits, [(nfe, rejected) for nfe, rejected in mean_costs]
 
 
+def bits_by_level(
+    levels: Iterable[Level],
+    images: Tensor,
+    *,
+    batch: int = 100,
+    draws: int = 1,
+    seed: int = 0,
+    progress: bool = False,
+) -> Tensor:
+    """Each level's share of the bits per finest dimension of each image, (levels, N).
+
+    Images in the same places have the same noise and probes, so differences between two calls
+    are those of the images. The rest is as in `evaluate`.
+    """
+    levels = list(levels)
+    check_images(images, levels[0].model.channels)
+    return _bits(levels, images, batch, draws, seed, progress=progress)[0]
+
+
 def level_bits(level: Level, images: Tensor, *, batch: int = 100, seed: int = 0) -> Tensor:
     """One level's share of the bits per finest dimension, (N,), without the other levels."""
     return _bits([level], images, batch, 1, seed)[0][0]

@@ -23,6 +23,7 @@ from mrcnf.flows.trace import Trace
 from mrcnf.image import pyramids
 from mrcnf.image.bits import log_prob_of_integers
 from mrcnf.image.learned_noise import LearnedNoise
+from mrcnf.image.straight import floor
 from mrcnf.model.building import build_flow, halvings
 from mrcnf.model.settings import FieldConfig, FlowConfig, ModelConfig
 from mrcnf.model.standardisation import Standardisation
@@ -172,7 +173,7 @@ class Level(nn.Module):
             return y, condition, log_det
         # The noise is the coefficients' own, or that of the finest pixels.
         cells = (values if self.pyramid.own_noise else x) * 2**self.model.nbits
-        integers = cells.floor()
+        integers = floor(cells)  # a gradient by x is one by the pixels, for all of the noise
         noise, log_rise = self.learned_noise(
             cells - integers, self._of_cells(integers + 0.5)[0], condition
         )

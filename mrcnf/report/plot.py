@@ -1,4 +1,6 @@
-"""Every figure: upscaling panels, training curves, entropies, runs beside each other."""
+"""Every figure: upscaling panels, training curves, entropies, attacks, scores, runs beside each
+other.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,8 @@ from mrcnf.data.imagefile import check_png
 from mrcnf.errors import UserError
 from mrcnf.image.grid import enlarge
 from mrcnf.measure.entropy import NORMAL, SplitEntropy
+from mrcnf.measure.ood import Detection
+from mrcnf.measure.robustness import Row
 from mrcnf.report import compare
 from mrcnf.runs import checkpoint, metrics
 
@@ -165,6 +169,46 @@ def _channels(axis, x: float, values: Sequence[float], colour: str, label: str) 
     axis.plot([x] * len(values), values, "o", ms=3, alpha=0.5, color=colour, label=label)
     mean = sum(values) / len(values)
     axis.plot([x - 0.11, x + 0.11], [mean, mean], color=colour, linewidth=2)
+
+
+def attack_curves(path: Path, rows: Sequence[Row]) -> None:
+    """Bits/dim against the steps of the attack, a line for every ε; broken: random signs.
+
+    Args:
+        rows: with their `curve`.
+    """
+    figure, axis = _pyplot().subplots(figsize=(6, 3.8), layout="constrained")
+    for i, row in enumerate(rows):
+        steps = [0, *(point["steps"] for point in row.curve)]
+        bits = [row.natural, *(point["attacked"] for point in row.curve)]
+        errors = [row.natural_stderr, *(point["attacked_stderr"] for point in row.curve)]
+        axis.errorbar(steps, bits, errors, ms=4, capsize=2, label=f"ε = {row.epsilon}",
+                      **line_style(i))  # fmt: skip
+        axis.axhline(row.random, color=line_style(i)["color"], linestyle=":", linewidth=1)
+    axis.set_xlabel("steps of the attack (dotted: random signs)")
+    axis.set_ylabel("bits/dim")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def score_histograms(path: Path, found: Detection) -> None:
+    """How every score is distributed on the two sets of images, a panel for each score."""
+    size = 3.2 * len(found.auroc), 3.2
+    figure, axes = _pyplot().subplots(
+        1, len(found.auroc), figsize=size, squeeze=False, layout="constrained"
+    )
+    for axis, (score, area) in zip(axes[0], found.auroc.items(), strict=True):
+        counts = found.histograms[score]
+        for i, (side, name) in enumerate((("inside", found.data), ("outside", found.against))):
+            axis.stairs(counts[side], counts["edges"], fill=True, alpha=0.5, color=COLOURS[i],
+                        label=name)  # fmt: skip
+        axis.set_title(f"{score}: AUROC {area:.3f}", fontsize=10)
+        axis.set_xlabel("score [bits/dim]")
+    axes[0][0].set_ylabel("images")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=8, ncols=2)
+    _save(figure, path)
 
 
 def line_style(i: int) -> dict[str, str]:

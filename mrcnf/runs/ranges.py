@@ -43,6 +43,7 @@ POSITIVE = Range("above 0 and finite", lambda v: 0 < v < math.inf)
 NOT_NEGATIVE = Range("at least 0 and finite", lambda v: 0 <= v < math.inf)
 LIMIT = Range("above 0 (inf: no limit)", lambda v: v > 0)
 SHARE = Range("in [0, 1)", lambda v: 0 <= v < 1)
+PART = Range("in [0, 1]", lambda v: 0 <= v <= 1)
 
 
 def at_least(low: int) -> Range:

@@ -14,6 +14,7 @@ from mrcnf.runs.ranges import (
     FINITE,
     LIMIT,
     NOT_NEGATIVE,
+    PART,
     POSITIVE,
     SHARE,
     Choice,
@@ -34,6 +35,7 @@ PRECISIONS = ("float32", "bfloat16")
 """What the networks compute in."""
 LOGIT_MEAN, LOGIT_STD = -1.0, 1.2
 """Mean and standard deviation of log t/(1-t) of logit-normal times, unless a run sets others."""
+PIXELS = Range("from 1 to 255 grey levels", lambda v: 1 <= v <= 255)
 SEED = Range("a whole number within ±10^12", lambda v: abs(v) <= 10**12)
 """Seeds of an evaluation: each batch's is a multiple of it that 64 bits must hold."""
 
@@ -110,6 +112,13 @@ class TrainConfig:
     """Mirror half of the images."""
     crop: Annotated[int, at_least(0)] = 0
     """Side of random training crops at the finest resolution, in pixels; 0: whole images."""
+    attack_share: Annotated[float, PART] = 0.0
+    """Share of every micro-batch that is attacked first: its pixels moved so that the objective's
+    own loss grows; 0: none."""
+    attack_epsilon: Annotated[int, PIXELS] = 2
+    """How far those attacks move a pixel, in grey levels."""
+    attack_steps: Annotated[int, at_least(1)] = 3
+    """Gradients that those attacks take, each for about the time of a step without attacks."""
     precision: Annotated[str, Choice(PRECISIONS)] = "float32"
     """float32, or bfloat16 inside the network (state and trace stay float32)."""
     compile: bool = False
@@ -138,6 +147,16 @@ class TrainConfig:
             raise UserError(
                 f"train.batch {self.batch} must be a multiple of micro_batches {self.micro_batches}"
             )
+        if self.attack_share and not self.attacked:
+            raise UserError(
+                f"train.attack_share {self.attack_share:g} is no image of a micro-batch of "
+                f"{self.batch // self.micro_batches}; raise it, or set it to 0"
+            )
+
+    @property
+    def attacked(self) -> int:
+        """How many images of a micro-batch are attacked."""
+        return round(self.attack_share * self.batch / self.micro_batches)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """What a level is trained on: maximum likelihood, or flow matching.
 
 Both take a level and dequantised images at the finest resolution and return a loss to
-minimise, in a form that needs one backward pass.
+minimise, in a form that needs one backward pass. Either may be trained on images that are
+attacked first (Madry et al. 2018, eq. 2.1).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from mrcnf.flows.solve import Solver
 from mrcnf.flows.trace import Trace
 from mrcnf.image.bits import bits_per_dim
 from mrcnf.image.noise import dequantise
+from mrcnf.measure.attack import STRIDE, ascend
 from mrcnf.model.level import Level
 from mrcnf.model.settings import ModelConfig
 from mrcnf.runs.config import Config
@@ -79,6 +81,7 @@ def flow_matching(
     times: str = "logit-normal",
     centre: float = LOGIT_MEAN,
     spread: float = LOGIT_STD,
+    shape_noise: bool = True,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean squared error of the velocity along paths from data to noise.
@@ -98,6 +101,7 @@ def flow_matching(
             (`Path.likelihood_weight`). Where the data come with noise, it is
             log-uniform together with t, in its geometric mean over channels.
         centre, spread: mean and standard deviation of that normal.
+        shape_noise: draw times, and cut gradients, for learned noise as is said below.
 
     Variational dequantisation is trained along: its noise on the evidence lower bound, in nats per
     dimension over log 1000, at likelihood times whatever `times` are. An eighth of the batch
@@ -114,7 +118,7 @@ def flow_matching(
     n, noise = len(y), level.noise.log().mean().exp()
     t = draw_times(n, times, noise, y, generator, centre=centre, spread=spread)
     shaping = 0
-    if level.learned_noise is not None and times != "likelihood":
+    if shape_noise and level.learned_noise is not None and times != "likelihood":
         shaping = -(-n // NOISE_SHARE)
         t = torch.cat((draw_times(shaping, "log-uniform", noise, y, generator), t[shaping:]))
     z = torch.randn(y.shape, generator=generator, device=y.device, dtype=y.dtype)
@@ -148,6 +152,27 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         train, model = self.config.train, self.level.model
         images, x, log_q = seen(images, train, model, generator)
+        if train.attack_share:
+            images = self._attacked(images, generator)
+            x, log_q = dequantise(
+                images, nbits=model.nbits, kind=model.pixel_noise, generator=generator
+            )
+        return self._loss(images, x, log_q, generator)
+
+    def _loss(
+        self,
+        images: Tensor,
+        x: Tensor,
+        log_q: Tensor,
+        generator: torch.Generator,
+        moved: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of images and these dequantised.
+
+        Args:
+            moved: zeros, shaped as x, that an attack takes gradients by: added to all pixels.
+        """
+        train, model = self.config.train, self.level.model
         low_precision = torch.autocast(
             x.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"
         )
@@ -156,18 +181,20 @@ class Objective(nn.Module):
                 clean = None
                 if self.level.noisy:
                     clean = ((images >> (8 - model.nbits)) + 0.5) / 2**model.nbits
+                    clean = clean if moved is None else clean + moved
                 return flow_matching(
                     self.level,
-                    x,
+                    x if moved is None else x + moved,
                     clean=clean,
                     times=train.times,
                     centre=train.times_centre,
                     spread=train.times_spread,
+                    shape_noise=moved is None,
                     generator=generator,
                 )
             return likelihood(
                 self.level,
-                x,
+                x if moved is None else x + moved,
                 log_q,
                 solver=self.config.train_solver,
                 trace=self.config.train_trace,
@@ -176,6 +203,31 @@ class Objective(nn.Module):
                 steer=train.steer,
                 generator=generator,
             )
+
+    def _attacked(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """The images, the last ones of them attacked: see `attack.ascend`."""
+        train, model = self.config.train, self.level.model
+        chosen = images[len(images) - train.attacked :]
+
+        def slope(pixels: Tensor) -> Tensor:
+            x, log_q = dequantise(
+                pixels, nbits=model.nbits, kind=model.pixel_noise, generator=generator
+            )
+            moved = torch.zeros_like(x, requires_grad=True)
+            with torch.enable_grad():
+                loss, _ = self._loss(pixels, x, log_q, generator, moved)
+            return torch.autograd.grad(loss, moved)[0]
+
+        attacked = ascend(
+            chosen,
+            slope,
+            epsilon=train.attack_epsilon,
+            steps=train.attack_steps,
+            step_size=STRIDE * train.attack_epsilon,
+            generator=generator,
+            scatter=True,
+        )
+        return torch.cat((images[: len(images) - train.attacked], attacked))
 
 
 def seen(
