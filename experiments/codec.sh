@@ -22,5 +22,5 @@ measure crops "npz:$dir/photos128" --every 97 --limit 6 --steps 32
 measure sizes "$photo" --sides 64 128 256 512 --steps 32
 measure portable cifar10 --root "$dir" --limit 20 --steps 32 --portable
 measure other cifar10 --root "$dir" --limit 20 --steps 32
-python experiments/codec_oracle.py "$run" cifar10 --root "$dir" --limit 32 --steps 16 32 64
+python experiments/codec_oracle.py "$run" cifar10 --root "$dir" --limit 12 --sigma 0.02 0.005 --steps 16 32 64
 python experiments/codec_figures.py "$out"

@@ -22,13 +22,15 @@ def model(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(model):
-    """Of one image, of several sizes with names, of constants and noise."""
+    """Of one image, of several sizes with names, of constants and noise, in parts and streams."""
     several = [*smooth_images(3, model.config.channels), *smooth_images(2, side=6)]
     hard = [torch.zeros(1, 4, 4), torch.full((1, 4, 4), 255), torch.randint(0, 256, (1, 4, 4))]
     return [
         codec.compress(model, smooth_images(1), steps=2),
         codec.compress(model, several, names=["a", "b", "c", "d", "e"], steps=2),
         codec.compress(model, [image.to(torch.uint8) for image in hard], steps=2),
+        codec.compress(model, smooth_images(1, model.config.channels, side=64)[:, :, :2], steps=1),
+        codec.encode(model, smooth_images(3), steps=1, streams=2, bound=False).data,
     ]
 
 
