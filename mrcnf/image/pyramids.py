@@ -16,7 +16,7 @@ from torch import Tensor
 from mrcnf.errors import UserError
 from mrcnf.image import haar
 from mrcnf.image.noise import GAUSSIAN_STD
-from mrcnf.image.straight import floor, straight
+from mrcnf.image.straight import asked_for, floor, straight
 
 
 class Pyramid(ABC):
@@ -137,7 +137,7 @@ class Integer(Pyramid):
         cells = 2**self.nbits
         detail = (detail + torch.cat(others, 1)) / cells
         coarse = (coarse + first) / cells
-        if not x.requires_grad:
+        if not asked_for():
             return detail, coarse
         rows, columns, diagonal, means = self._unrounded(x)
         return straight(detail, torch.cat((rows, columns, diagonal), 1)), straight(coarse, means)

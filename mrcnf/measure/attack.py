@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,16 +22,13 @@ from mrcnf import runtime, seeds
 from mrcnf.errors import UserError
 from mrcnf.image.bits import bits_per_dim
 from mrcnf.image.noise import check_images, dequantise
+from mrcnf.image.straight import roundings_pass
+from mrcnf.measure.ascent import STRIDE, ascend
 from mrcnf.measure.evaluate import bits_by_level
 from mrcnf.model.level import Level, check_size, likelihoods
 
-STRIDE = 1.0
-"""The first step, in ε, unless one is given: from corner to corner, where many bits are."""
 MINIMISING_STRIDE = 0.25
 """The same where few bits are wanted: typical images lie close together, large steps miss them."""
-
-Slope = Callable[[Tensor], Tensor]
-"""From uint8 images (N, C, H, W) to the gradient of what is to grow by their pixels, so shaped."""
 
 
 @dataclass
@@ -141,46 +138,6 @@ def attack(
     )
 
 
-def ascend(
-    images: Tensor,
-    slope: Slope,
-    *,
-    epsilon: int,
-    steps: int,
-    step_size: float,
-    generator: torch.Generator | None = None,
-    scatter: bool = False,
-) -> Tensor:
-    """Projected ascent by the signs of a gradient, on the lattice of integers.
-
-    Where it is, is kept in fractions of grey levels; gradients are taken, and the end is, at the
-    nearest integers, which both the ball and the range of pixels contain. The steps fall to zero
-    along half a cosine.
-
-    Args:
-        images: uint8 (N, C, H, W).
-        slope: of what is to grow.
-        epsilon: the largest change of a pixel.
-        step_size: the first step, in grey levels.
-        generator: on the device of the images.
-        scatter: start anywhere in the ball instead of at the images.
-
-    Returns:
-        uint8 (N, C, H, W).
-    """
-    middle = images.float()
-    low, high = (middle - epsilon).clamp_min(0), (middle + epsilon).clamp_max(255)
-    now = middle
-    if scatter:
-        place = torch.rand(images.shape, generator=generator, device=images.device)
-        now = low + (high - low) * place
-    for step in range(steps):
-        gradient = slope(_nearest(now)).nan_to_num(0.0)
-        stride = step_size * (1 + math.cos(math.pi * step / steps)) / 2
-        now = (now + stride * gradient.sign()).clamp(low, high)
-    return _nearest(now)
-
-
 def bits_and_gradient(
     levels: list[Level], images: Tensor, draws: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
@@ -195,7 +152,7 @@ def bits_and_gradient(
             images, nbits=model.nbits, kind=model.pixel_noise, generator=generator
         )
         x.requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), roundings_pass():
             parts = likelihoods(levels, x, log_q, generator=generator)
             log_prob = torch.stack([part.log_prob for part in parts.values()]).sum(0)
             bits = bits_per_dim(log_prob, dims)
@@ -235,10 +192,6 @@ def check(
             raise UserError(f"{name} of an attack must be at least 1, got {count}")
     if step_size is not None and not 0 < step_size < math.inf:
         raise UserError(f"the step size must be above 0 and finite, got {step_size}")
-
-
-def _nearest(pixels: Tensor) -> Tensor:
-    return pixels.round().to(torch.uint8)
 
 
 @contextlib.contextmanager

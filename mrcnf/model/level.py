@@ -173,7 +173,7 @@ class Level(nn.Module):
             return y, condition, log_det
         # The noise is the coefficients' own, or that of the finest pixels.
         cells = (values if self.pyramid.own_noise else x) * 2**self.model.nbits
-        integers = floor(cells)  # a gradient by x is one by the pixels, for all of the noise
+        integers = floor(cells)
         noise, log_rise = self.learned_noise(
             cells - integers, self._of_cells(integers + 0.5)[0], condition
         )

@@ -18,7 +18,8 @@ from mrcnf.flows.solve import Solver
 from mrcnf.flows.trace import Trace
 from mrcnf.image.bits import bits_per_dim
 from mrcnf.image.noise import dequantise
-from mrcnf.measure.attack import STRIDE, ascend
+from mrcnf.image.straight import roundings_pass
+from mrcnf.measure.ascent import STRIDE, ascend
 from mrcnf.model.level import Level
 from mrcnf.model.settings import ModelConfig
 from mrcnf.runs.config import Config
@@ -205,7 +206,7 @@ class Objective(nn.Module):
             )
 
     def _attacked(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """The images, the last ones of them attacked: see `attack.ascend`."""
+        """The images, the last ones of them attacked: see `ascent.ascend`."""
         train, model = self.config.train, self.level.model
         chosen = images[len(images) - train.attacked :]
 
@@ -214,7 +215,7 @@ class Objective(nn.Module):
                 pixels, nbits=model.nbits, kind=model.pixel_noise, generator=generator
             )
             moved = torch.zeros_like(x, requires_grad=True)
-            with torch.enable_grad():
+            with torch.enable_grad(), roundings_pass():
                 loss, _ = self._loss(pixels, x, log_q, generator, moved)
             return torch.autograd.grad(loss, moved)[0]
 

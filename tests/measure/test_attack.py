@@ -14,7 +14,8 @@ from mrcnf.errors import UserError
 from mrcnf.flows.solve import Solver
 from mrcnf.flows.trace import Trace
 from mrcnf.image.noise import dequantise
-from mrcnf.measure.attack import ascend, attack, bits_and_gradient, random_signs
+from mrcnf.measure.ascent import ascend
+from mrcnf.measure.attack import attack, bits_and_gradient, random_signs
 from mrcnf.measure.evaluate import bits_by_level
 from mrcnf.measure.robustness import robustness
 from mrcnf.model.level import Level
