@@ -73,6 +73,7 @@ def test_flop_of_a_step_are_counted():
     assert 0 < 1.8 * once < twice < 2.2 * once
 
 
+@pytest.mark.slow
 def test_coding_is_timed_on_both_sides(tmp_path, monkeypatch):
     monkeypatch.setattr(coding, "MODEL", tmp_path / "none")
     monkeypatch.setattr(coding, "CONFIG", ModelConfig((4, 8), channels=3))

@@ -93,7 +93,13 @@ def excess(made, images, steps):
 
 
 @pytest.mark.parametrize(
-    "name", ["exact", "learned noise", "integers, learned noise", "Gaussian noise"]
+    "name",
+    [
+        "exact",
+        "integers, learned noise",
+        pytest.param("learned noise", marks=pytest.mark.slow),
+        pytest.param("Gaussian noise", marks=pytest.mark.slow),
+    ],
 )
 def test_excess_over_the_bound_falls_with_the_steps_to_nothing(name):
     made = model(**MODELS[name] | {"size": 0.1, "field": RESIDUAL})
