@@ -46,8 +46,8 @@ def excess(rows: Rows, path: Path) -> None:
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(steps, [str(n) for n in steps])
-    axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    axis.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    axis.set_yticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
+    axis.minorticks_off()
     first = rows[0]
     axis.set_title(f"{first['count']} images of {first['width']}×{first['height']}", fontsize=10)
     _write(axis, path)
@@ -65,6 +65,7 @@ def times(rows: Rows, path: Path) -> None:
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(pixels, [f"{row['width']}×{row['height']}" for row in rows])
+    axis.set_yticks([1, 10, 100], ["1", "10", "100"])
     axis.minorticks_off()
     axis.set_title(f"one photograph alone, {rows[0]['steps']} steps", fontsize=10)
     _write(axis, path)
