@@ -9,17 +9,17 @@
 # OUT (runs/architectures) is where runs and numbers go; SIZE=gpu takes the GPU's rows.
 set -eu
 dir=$1; shift
-out=${OUT:-runs/architectures} here=$(dirname "$0") size=${SIZE:-cpu}
+out=${OUT:-runs/architectures} size=${SIZE:-cpu}
 if [ "$size" = gpu ]; then
-    recipe=$here/architectures-gpu.toml
+    recipe=experiments/architectures-gpu.toml
 else
-    recipe=$here/architectures.toml
+    recipe=experiments/architectures.toml
     export OMP_NUM_THREADS=1
 fi
-[ $# -gt 0 ] || set -- $(sh "$here/architectures-rows.sh" "$size")
+[ $# -gt 0 ] || set -- $(sh "experiments/architectures-rows.sh" "$size")
 for row; do
-    settings=$(sh "$here/architectures-rows.sh" "$size" "$row")
+    settings=$(sh "experiments/architectures-rows.sh" "$size" "$row")
     mrcnf train "$recipe" --resume --data.root "$dir" --out "$out/$row" $settings
-    python "$here/architectures.py" "$out/$row" --root "$dir"
+    python -m experiments.architectures "$out/$row" --root "$dir"
 done
-python "$here/architectures_table.py" "$out" --figures "$here/../docs"
+python -m experiments.architectures_table "$out" --figures docs

@@ -1,6 +1,6 @@
 """How many steps six core-minutes are, for every row of `architectures-rows.sh`.
 
-    python experiments/architectures_steps.py --root DIR [--minutes 6]
+    python -m experiments.architectures_steps --root DIR [--minutes 6]
 
 Steps rather than `train.minutes`, which counts the wall's minutes: the processor's own time is the
 same whatever else the machine does. Every level of every row is trained for a few steps, taking
@@ -21,13 +21,24 @@ from mrcnf.runs import config
 from mrcnf.training.trainer import Trainer
 
 HERE = Path(__file__).parent
-SHARES = {1: (1,), 2: (1 / 3, 2 / 3), 3: (1 / 12, 1 / 4, 2 / 3)}
+MINUTES = 6.0
+SHARES = {1: (1.0,), 2: (1 / 3, 2 / 3), 3: (1 / 12, 1 / 4, 2 / 3)}
 """Of a pyramid's minutes by level, the base first."""
 LAPS = 7
 
 
+def rows_of(size: str) -> list[str]:
+    """The names of all rows, of size cpu or gpu."""
+    return _said(size)
+
+
 def settings_of(size: str, row: str) -> list[str]:
-    command = ["sh", str(HERE / "architectures-rows.sh"), size, *([row] if row else [])]
+    """What a row sets."""
+    return _said(size, row)
+
+
+def _said(*words: str) -> list[str]:
+    command = ["sh", str(HERE / "architectures-rows.sh"), *words]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
 
@@ -35,10 +46,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="*")
     parser.add_argument("--root", default="", help="where CIFAR-10 is")
-    parser.add_argument("--minutes", type=float, default=6.0)
+    parser.add_argument("--minutes", type=float, default=MINUTES)
     options = parser.parse_args()
     rows = options.rows or [
-        row for row in settings_of("cpu", "") if not row.startswith("coupling-split-")
+        row for row in rows_of("cpu") if not row.startswith("coupling-split-")
     ]
     images = mrcnf.data.load("cifar10", "train", root=options.root)
     with tempfile.TemporaryDirectory() as folder:
