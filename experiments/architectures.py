@@ -4,7 +4,8 @@
 
 RUN/measured.json holds a table per part, with numbers of each image, so that rows can be compared
 image by image. Every row has the same images and, pixel by pixel, the same noise. Times are of the
-processor; continuous flows are attacked, and scored for `ood`, with fewer steps and images.
+processor; continuous flows are attacked, and scored for `ood`, in fewer steps of their solver, and
+fewer images of theirs are attacked.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from mrcnf.training.objectives import Objective
 TESTED, SCORED, CODED, SAMPLED = 500, 200, 20, 16
 ATTACKED, GRADIENTS, EPSILONS = 32, 10, (2, 8)
 FEWER, FEWER_ATTACKED = 10, 8
-"""Steps of the solver, and images, where continuous flows are attacked."""
+"""Steps of a continuous flow's solver where it is attacked or scored; images that are attacked."""
 Part = Callable[["Row"], dict[str, Any]]
 
 
@@ -83,7 +84,9 @@ def bits(row: Row) -> dict[str, Any]:
     return {
         "images": len(row.test),
         "bits": shares.sum(0).tolist(),
-        "levels": {str(r): own.tolist() for r, own in zip(row.model.resolutions, shares, strict=True)},
+        "levels": {
+            str(r): own.tolist() for r, own in zip(row.model.resolutions, shares, strict=True)
+        },
         "images_per_second": len(row.test) / seconds,
     }
 
@@ -102,7 +105,9 @@ def cost(row: Row) -> dict[str, Any]:
         "flop": counter.get_total_flops() / len(few),
         "evaluations": sum(part.statistics.evaluations for part in parts.values()),
         "samples_per_second": SAMPLED / sampling,
-        "levels": {str(r): _level_cost(row, r) | {"steps": described[r]["step"]} for r in described},
+        "levels": {
+            str(r): _level_cost(row, r) | {"steps": own["step"]} for r, own in described.items()
+        },
     }
 
 

@@ -50,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = options.rows or [
         row for row in rows_of("cpu") if not row.startswith("coupling-split-")
-    ]
+    ]  # fmt: skip
     images = mrcnf.data.load("cifar10", "train", root=options.root)
     with tempfile.TemporaryDirectory() as folder:
         works: dict[tuple[str, int], Trainer] = {}

@@ -55,15 +55,16 @@ def headline(rows: Rows) -> list[str]:
     """What more levels buy: differences within an objective."""
     lines = _head("", "two levels − one", "three − one", "three − two")
     for kind in KINDS:
-        cells = []
-        for after, before in (("wavelet-2", "one"), ("wavelet-3", "one"), ("wavelet-3", "wavelet-2")):
-            cells.append(_difference(rows, f"{kind}-{after}", f"{kind}-{before}"))
+        pairs = (("wavelet-2", "one"), ("wavelet-3", "one"), ("wavelet-3", "wavelet-2"))
+        cells = [_difference(rows, f"{kind}-{a}", f"{kind}-{b}") for a, b in pairs]
         lines.append(_line(kind, *cells))
     return lines
 
 
 def main_table(rows: Rows) -> list[str]:
-    lines = _head("", "parameters", "bits/dim", "difference from one resolution", "shares of levels")
+    lines = _head(
+        "", "parameters", "bits/dim", "difference from one resolution", "shares of levels"
+    )
     for name, row in _with(rows, "bits", "cost"):
         reference = _reference(name)
         shares = " / ".join(f"{_mean(own)[0]:.3f}" for own in row["bits"]["levels"].values())
