@@ -44,10 +44,9 @@ def main() -> None:
     for table in (headline, main_table, cost_table, codec_table, ood_table, attack_table):
         print("\n".join(table(rows)), end="\n\n")
     if options.figures:
-        for figure in (differences, operations, files_drawn, detections, attacks):
+        for figure in (differences, operations, compression, detections, attacks):
             drawn = figure(rows)
-            name = f"architectures-{figure.__name__.replace('files_drawn', 'files')}.png"
-            drawn.savefig(options.figures / name, dpi=90)
+            drawn.savefig(options.figures / f"architectures-{figure.__name__}.png", dpi=90)
             plt.close(drawn)
 
 
@@ -199,7 +198,7 @@ def operations(rows: Rows) -> plt.Figure:
     return figure
 
 
-def files_drawn(rows: Rows) -> plt.Figure:
+def compression(rows: Rows) -> plt.Figure:
     """What files take, with and without what a file begins with."""
     shown = [name for name, _ in _with(rows, "codec")]
     figure, axis = _by_row(shown, "bits/dim of a file of images")
