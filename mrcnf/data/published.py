@@ -4,6 +4,7 @@ import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -100,6 +101,9 @@ def read(
 def _find(source: Published, file: str, root: Path) -> Path | None:
     spots = (root / f / n for f in source.folders for n in (file, file.removesuffix(".gz")))
     return next((spot for spot in spots if spot.is_file()), None)
+
+
+_FILTER: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 
 
 def _download(url: str, md5: str, root: Path, folder: str) -> None:
