@@ -17,6 +17,7 @@ measure cifar10 cifar10 --root "$dir"
 measure steps cifar10 --root "$dir" --limit 60 --steps 8 16 32 64 128
 measure one cifar10 --root "$dir" --limit 1
 measure ten cifar10 --root "$dir" --limit 10
+measure thousand cifar10 --root "$dir" --limit 1000 --steps 16
 measure crop "npz:$dir/photos128" --every 97 --limit 1
 measure crops "npz:$dir/photos128" --every 97 --limit 6 --steps 32
 measure sizes "$photo" --sides 64 128 256 512 --steps 32
