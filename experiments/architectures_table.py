@@ -46,7 +46,8 @@ def main() -> None:
     if options.figures:
         for figure in (differences, operations, compression, detections, attacks):
             drawn = figure(rows)
-            drawn.savefig(options.figures / f"architectures-{figure.__name__}.png", dpi=90)
+            options.figures.mkdir(parents=True, exist_ok=True)
+        drawn.savefig(options.figures / f"architectures-{figure.__name__}.png", dpi=90)
             plt.close(drawn)
 
 
