@@ -44,10 +44,10 @@ def main() -> None:
     for table in (headline, main_table, cost_table, codec_table, ood_table, attack_table):
         print("\n".join(table(rows)), end="\n\n")
     if options.figures:
+        options.figures.mkdir(parents=True, exist_ok=True)
         for figure in (differences, operations, compression, detections, attacks):
             drawn = figure(rows)
-            options.figures.mkdir(parents=True, exist_ok=True)
-        drawn.savefig(options.figures / f"architectures-{figure.__name__}.png", dpi=90)
+            drawn.savefig(options.figures / f"architectures-{figure.__name__}.png", dpi=90)
             plt.close(drawn)
 
 
