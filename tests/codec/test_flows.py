@@ -39,7 +39,13 @@ def build(name):
     return awake(MultiResolutionFlow(levels), 0.05).float().eval().requires_grad_(False), images
 
 
-@pytest.mark.parametrize("name", MODELS)
+SLOW = ("split couplings in levels", "split, continuous")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MODELS],
+)
 def test_images_come_back_from_files_of_the_size_that_was_promised(name):
     model, images = build(name)
     images = images[: 8 if "continuous" in name or "levels" in name else 24]

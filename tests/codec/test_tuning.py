@@ -19,6 +19,7 @@ def few_trials(monkeypatch):
     monkeypatch.setattr(tuning, "SPACINGS", (1.0,))
 
 
+@pytest.mark.slow
 def test_what_is_found_is_no_worse_than_the_defaults(few_trials):
     made = model(size=0.3)
     shares = []

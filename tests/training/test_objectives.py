@@ -361,6 +361,7 @@ def test_the_bound_on_the_lattice_is_tight_for_the_best_field():
     assert bits(part) == pytest.approx(8 - math.log2(math.erf(3 / math.sqrt(2))), abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_field_must_see_the_lattice_to_be_tight_on_it():
     """What it misses otherwise is the noise's missing entropy, 0.54 bits."""
     found = {}
