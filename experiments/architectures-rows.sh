@@ -8,8 +8,10 @@ set -eu
 matching="flow.kind=continuous train.objective=flow-matching"
 # Regularised less, a field trained through the ODE learns to exploit its coarse steps.
 through="flow.kind=continuous flow.splits=2 train.kinetic=0.05 train.frobenius=0.1"
-two="model.resolutions=[16,32] level.16.train.batch=64"
-three="model.resolutions=[8,16,32] level.8.train.batch=64 level.16.train.batch=64"
+coarse=64    # images in a batch of the coarser levels
+[ "$1" = cpu ] || coarse=256
+two="model.resolutions=[16,32] level.16.train.batch=$coarse"
+three="model.resolutions=[8,16,32] level.8.train.batch=$coarse level.16.train.batch=$coarse"
 sharper="level.16.train.times_centre=-1.5"    # the base's times, of pixels that average many
 attacks="train.attack_share=0.5 train.attack_epsilon=2 train.attack_steps=3 train.warmup=50"
 cpu() {
