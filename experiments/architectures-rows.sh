@@ -1,22 +1,25 @@
 #!/bin/sh
 # The rows of architectures.sh: the names of all of them, or what one of them sets.
 #     sh experiments/architectures-rows.sh SIZE [ROW]      SIZE is cpu or gpu
-# Those that end in -adversarial are trained on attacked images, for as long. The CPU's steps are six core-minutes by architectures_steps.py, a pyramid's shared out over its
-# levels; level 32 of two levels is the same flow as that of three.
+# Those that end in -adversarial are trained on attacked images, for as long. The CPU's steps are six
+# core-minutes by architectures_steps.py, a pyramid's shared out over its levels; level 32 of two
+# levels is the same flow as that of three.
 set -eu
 matching="flow.kind=continuous train.objective=flow-matching"
 # Regularised less, a field trained through the ODE learns to exploit its coarse steps.
 through="flow.kind=continuous flow.splits=2 train.kinetic=0.05 train.frobenius=0.1"
-two="model.resolutions=[16,32] level.16.train.batch=64"
-three="model.resolutions=[8,16,32] level.8.train.batch=64 level.16.train.batch=64"
+coarse=64    # images in a batch of the coarser levels
+[ "$1" = cpu ] || coarse=256
+two="model.resolutions=[16,32] level.16.train.batch=$coarse"
+three="model.resolutions=[8,16,32] level.8.train.batch=$coarse level.16.train.batch=$coarse"
 sharper="level.16.train.times_centre=-1.5"    # the base's times, of pixels that average many
-attacks="train.attack_share=0.5 train.attack_epsilon=2 train.attack_steps=3"
+attacks="train.attack_share=0.5 train.attack_epsilon=2 train.attack_steps=3 train.warmup=50"
 cpu() {
     case $1 in
-        coupling-one-adversarial) echo $(cpu coupling-one) $attacks train.steps=1 ;;
-        coupling-split-adversarial) echo $(cpu coupling-split) $attacks train.steps=1 ;;
+        coupling-one-adversarial) echo $(cpu coupling-one) $attacks train.steps=207 ;;
+        coupling-split-adversarial) echo $(cpu coupling-split) $attacks train.steps=993 ;;
         coupling-wavelet-2-adversarial) echo $(cpu coupling-wavelet-2) $attacks \
-            level.16.train.steps=1 level.32.train.steps=1 ;;
+            level.16.train.steps=237 level.32.train.steps=544 ;;
         continuous-one) echo $matching field.width=64 field.depth=4 train.steps=1010 ;;
         continuous-wavelet-2) echo $matching $two $sharper \
             level.16.field.width=40 level.16.field.depth=4 level.16.train.steps=1120 \

@@ -65,15 +65,19 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     options = parser.parse_args()
     path = options.run / "measured.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for name in options.parts:
-        if name in found:
+        if name in _measured(path):
             continue
         started = time.process_time()
-        found[name] = PARTS[name](Row(options.run, options.root))
-        found[name]["core_seconds"] = time.process_time() - started
-        files.write(path, json.dumps(found, indent=1) + "\n")
-        print(f"{options.run}: {name}, {found[name]['core_seconds']:.0f} s", flush=True)
+        table = PARTS[name](Row(options.run, options.root))
+        table["core_seconds"] = time.process_time() - started
+        # Read again: other parts may be measured at the same time.
+        files.write(path, json.dumps(_measured(path) | {name: table}, indent=1) + "\n")
+        print(f"{options.run}: {name}, {table['core_seconds']:.0f} s", flush=True)
+
+
+def _measured(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def bits(row: Row) -> dict[str, Any]:

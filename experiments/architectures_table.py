@@ -246,6 +246,7 @@ def attacks(rows: Rows) -> plt.Figure:
         axis.errorbar([mean for mean, _ in pairs], range(len(shown)),
                       xerr=[error for _, error in pairs], fmt=marker, color=COLOURS[k],
                       markersize=5, label=f"{kind}, ε = {epsilon}")  # fmt: skip
+    axis.set_xscale("symlog", linthresh=0.1)
     axis.legend(fontsize=7)
     return figure
 
