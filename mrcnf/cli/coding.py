@@ -34,8 +34,8 @@ def compress(
             was found to be best for the model.
         portable: write a file that decodes on every machine and with every version of PyTorch;
             it takes several times as long, to write and to read.
-        streams: that can be coded at the same time, each of which has to begin; by default one for
-            every half megapixel.
+        streams: at most so many, of successive whole images, that can be coded at the same time;
+            each has to begin. By default one for about every half megapixel.
         workers: processes, of which no more than there are streams are used; by default one for
             each CPU core.
         json: file to write the numbers to.
@@ -45,7 +45,7 @@ def compress(
     note_unfinished(run)
     result = codec.encode(
         model, pixels, names=names, steps=steps, portable=portable, streams=streams,
-        workers=workers or runtime.cores(), progress=sys.stderr.isatty(),
+        workers=runtime.cores() if workers is None else workers, progress=sys.stderr.isatty(),
     )  # fmt: skip
     files.write(out, result.data)
     print(f"{out}: {result}")
@@ -82,7 +82,8 @@ def decompress(
         if npz:
             pictures.check_alike([(e.channels, e.height, e.width) for e in entries])
         images = codec.decompress(
-            model, data, resolution=resolution, workers=workers or runtime.cores(),
+            model, data, resolution=resolution,
+            workers=runtime.cores() if workers is None else workers,
             progress=sys.stderr.isatty(),
         )  # fmt: skip
     if npz:

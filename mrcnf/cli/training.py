@@ -145,7 +145,10 @@ def calibrate(
     some = tuning.chosen(data.pixels, images, seeds.generator(seeds.seed_of(0, 0, "settings")))
     with tqdm(total=1.0, desc="settings", disable=not shown,
               bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}") as bar:  # fmt: skip
-        found, bits = tuning.tune(model, some, report=lambda share: bar.update(share - bar.n))
+        found, bits = tuning.tune(
+            model, some, [own.resolution for own in levels],
+            report=lambda share: bar.update(share - bar.n),
+        )  # fmt: skip
     for own in levels:
         own.coding = asdict(found[own.resolution])
         calibration.save(folders[own.resolution], own)

@@ -109,6 +109,8 @@ def cos(x: Tensor) -> Tensor:
 
 def power(x: Tensor, exponent: float) -> Tensor:
     """x^exponent: by products if that is a small whole number, else of x ≥ 0."""
+    if exponent == 0:
+        return torch.ones_like(x)
     if exponent == 0.5:
         return x.sqrt()
     whole = int(exponent) if abs(exponent) <= 16 else 0

@@ -91,8 +91,8 @@ def encode(
         steps: of the finest level's flow: more take longer and come closer to the bound.
         settings: all about the code; by default those that suit the model.
         portable: let every machine and version decode it, which takes longer.
-        streams: that can be coded at the same time; each of them has to begin. By default one
-            for every half megapixel.
+        streams: at most so many, of successive whole images, that can be coded at the same time;
+            each has to begin. By default one for about every half megapixel.
         verify: decode the file and store as PNG what should not come back as it was.
         bound: find the model's bound on the same noise, too.
         workers: processes, of which no more than there are streams are used. They are started
@@ -107,17 +107,20 @@ def encode(
     names = [""] * len(images) if names is None else list(names)
     if len(names) != len(images):
         raise UserError(f"{len(images)} images and {len(names)} names: give each image one")
-    if (streams is not None and streams < 1) or workers < 1:
-        raise UserError("streams and workers are numbers from 1")
+    if streams is not None and streams < 1:
+        raise UserError(f"streams are numbers from 1, got {streams}")
+    lanes.check(workers)
     if settings is None:
         settings = default(model)
     if steps is not None:
         settings = with_steps(settings, steps)
     settings = replace(settings, portable=portable or settings.portable)
     pixels = [image[0].numel() for image in images]
-    if len(parts.cut([Size(*image.shape[1:]) for image in images], settings.rule)) == len(images):
-        settings = replace(settings, rule=None)
     ranges = lanes.split(pixels, streams)
+    sizes = [Size(*image.shape[1:]) for image in images]
+    if all(len(parts.cut(sizes[own.start : own.stop], settings.rule)) == len(own)
+           for own in ranges):  # fmt: skip
+        settings = replace(settings, rule=None)
     jobs = [lane.ToEncode(images[own.start : own.stop], settings, verify, bound) for own in ranges]
     passes = 2 if verify else 1
     with tqdm(

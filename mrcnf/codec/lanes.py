@@ -9,12 +9,14 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from mrcnf.errors import UserError
 from mrcnf.model.model import MultiResolutionFlow
 
 Job = TypeVar("Job")
@@ -35,13 +37,21 @@ def split(pixels: Sequence[int], count: int | None = None) -> list[range]:
     """
     total = sum(pixels)
     wanted = count or max(1, round(total / PIXELS))
-    lanes, start, done = list[range](), 0, 0
-    for i, own in enumerate(pixels, 1):
-        done += own
-        if done * wanted >= total * (len(lanes) + 1):
+    lanes, start, own = list[range](), 0, 0
+    for i, found in enumerate(pixels, 1):
+        own += found
+        if own * wanted >= total:
             lanes.append(range(start, i))
-            start = i
-    return lanes
+            start, own = i, 0
+    if own and lanes and 2 * own * wanted < total:  # too few to begin anew
+        start = lanes.pop().start
+    return [*lanes, range(start, len(pixels))] if start < len(pixels) else lanes
+
+
+def check(workers: int) -> None:
+    """A UserError for a number of processes that cannot be."""
+    if workers < 1:
+        raise UserError(f"workers are numbers from 1, got {workers}")
 
 
 def each(
@@ -57,7 +67,11 @@ def each(
     Args:
         function: of a module, is given the model, a job, and what to tell how much is done.
         workers: processes, at most as many as there are jobs; with 1, all is done in this one.
+
+    Raises:
+        UserError: no such number of processes, or one of them is gone.
     """
+    check(workers)
     workers = min(workers, len(jobs))
     if workers <= 1:
         return [function(model, job, bar.update) for job in jobs]
@@ -67,10 +81,15 @@ def each(
         workers, context, initializer=_begin, initargs=(pickle.dumps(model), counter)
     ) as pool:
         try:
-            running = [pool.submit(_run, function, job) for job in jobs]
+            # As bytes: tensors would travel as files that stay open, one each.
+            running = [pool.submit(_run, pickle.dumps((function, job))) for job in jobs]
             for done in _counted(counter, running):
                 bar.update(done - bar.n)
-            return [future.result() for future in running]
+            return [pickle.loads(future.result()) for future in running]
+        except BrokenProcessPool:
+            raise UserError(
+                "a process of the codec was stopped, perhaps for lack of memory; use fewer workers"
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -94,12 +113,13 @@ def _begin(model: bytes, counter: Synchronized[int]) -> None:
     _own = pickle.loads(model), counter
 
 
-def _run(function: Function[Job, Found], job: Job) -> Found:
+def _run(task: bytes) -> bytes:
     assert _own is not None
     model, counter = _own
+    function, job = pickle.loads(task)
 
     def tick(count: int) -> None:
         with counter.get_lock():
             counter.value += count
 
-    return function(model, job, tick)
+    return pickle.dumps(function(model, job, tick))

@@ -26,7 +26,7 @@ class Rule:
     """How images are cut, one after another; a file says with which numbers."""
 
     unit: int
-    """Parts begin at multiples of it, and have at least such sides where their image has."""
+    """Parts begin at multiples of it; none of fewer than 2·unit² pixels is cut further."""
     ratio: int = 8
     """A part has at most so many times fewer pixels than are coded before it, unless it is of
     the smallest."""
@@ -100,7 +100,8 @@ def _cut(part: Part, rule: Rule, before: int) -> Iterator[Part]:
     height, width = part.size.height, part.size.width
     pixels = height * width
     longer = max(height, width)
-    if longer < 2 * rule.unit or (pixels <= rule.most and rule.ratio * pixels <= before):
+    smallest = longer < 2 * rule.unit or pixels < 2 * rule.unit**2
+    if smallest or (pixels <= rule.most and rule.ratio * pixels <= before):
         yield part
         return
     half = (longer + rule.unit) // (2 * rule.unit) * rule.unit

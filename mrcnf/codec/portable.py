@@ -26,7 +26,7 @@ _MOVES = """
     _local_scalar_dense _reshape_alias _to_copy _unsafe_view alias all any argmax argmin as_strided
     bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor cat clone
     constant_pad_nd copy detach diagonal empty empty_like empty_strided eq equal expand eye fill
-    flip full full_like gather ge gt index index_put index_select isinf isnan le lift_fresh
+    flip full full_like gather ge gt index index_select isinf isnan le lift_fresh
     lift_fresh_copy logical_and logical_not logical_or logical_xor lt masked_fill masked_scatter
     masked_select max_pool2d_with_indices ne new_empty new_empty_strided new_full new_ones new_zeros
     nonzero ones ones_like permute pixel_shuffle pixel_unshuffle reflection_pad2d repeat
@@ -143,6 +143,13 @@ _OWN: dict[str, Operation] = {
 """In double precision by other operations; whole numbers are left to PyTorch."""
 
 
+_TO_FLOATS = (
+    "exp", "expm1", "log", "log2", "log1p", "sigmoid", "silu", "logit", "softplus",
+    "log_sigmoid_forward", "tanh", "sin", "cos", "rsqrt",
+)  # fmt: skip
+"""Of these, of whole numbers too."""
+
+
 class Portable(TorchDispatchMode):
     """Within: PyTorch computes what it would compute on any other machine.
 
@@ -176,6 +183,8 @@ class Portable(TorchDispatchMode):
         base = name[:-1] if changes else name
         if space != "aten":
             raise _unknown(name)
+        if base == "index_put":
+            return lambda *args, **kwargs: _placed(args, kwargs) and func(*args, **kwargs)
         if base in _MOVES.split():
             return func
         if base in _DEFINED.split():
@@ -188,7 +197,9 @@ class Portable(TorchDispatchMode):
 
         def replaced(*args: Any, **kwargs: Any) -> Any:
             if base != "linspace" and not any(map(_floating, [*args, *kwargs.values()])):
-                return func(*args, **kwargs)
+                if base not in _TO_FLOATS:
+                    return func(*args, **kwargs)
+                args = tuple(x.double() if isinstance(x, Tensor) else x for x in args)
             _checked(base, args)
             if "out" in kwargs:
                 raise _unknown(base)
@@ -232,6 +243,13 @@ def _checked(name: str, args: Sequence[Any]) -> bool:
                 f"portable coding computes in double precision, and torch.{name} is given "
                 f"{x.dtype}; code this model without --portable"
             )
+    return True
+
+
+def _placed(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """`UserError` if values that come to the same place are added up."""
+    if kwargs.get("accumulate") or (len(args) > 3 and args[3]):
+        raise _unknown("index_put")
     return True
 
 

@@ -49,7 +49,10 @@ class Failed(CodingError):
 
     def __init__(self, members: Sequence[int], reason: object) -> None:
         self.members = tuple(members)
-        super().__init__(str(reason))
+        super().__init__(self.members, str(reason))
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 @dataclass

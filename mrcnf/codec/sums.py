@@ -121,7 +121,7 @@ class Convolutions:
         """As torch.conv2d.
 
         Raises:
-            CodingError: the input or the weights are not finite.
+            CodingError: the input is not a number somewhere, or weights are not finite.
         """
         whole, digits = self._of(weight)
         limit = 2.0 ** (digits + RANGE_BITS)

@@ -7,7 +7,7 @@ rule for the middle of a step needs, it takes from the number of steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,6 +19,7 @@ from mrcnf.codec.blocks import Block, Group, Size
 from mrcnf.codec.lane import decoding
 from mrcnf.codec.pyramid import coder_of
 from mrcnf.codec.settings import STEPS, LevelSettings, Settings, default, fitting
+from mrcnf.errors import UserError
 from mrcnf.model.model import MultiResolutionFlow
 
 Change = Callable[[LevelSettings], LevelSettings]
@@ -34,24 +35,31 @@ _DEPTH = 64  # bits on the stack per dimension
 def tune(
     model: MultiResolutionFlow,
     images: Sequence[Tensor],
+    resolutions: Collection[int] | None = None,
     *,
     report: Callable[[float], object] | None = None,
 ) -> tuple[dict[int, LevelSettings], dict[int, tuple[float, float]]]:
     """Settings for every level, from a few images uint8 (C, H, W) of one size.
 
     Args:
+        resolutions: of the levels whose settings may change; all by default.
         report: is told the share of the trials that is over.
 
     Returns:
         the settings by resolution, and for each level the bits per dimension of the image that the
-        defaults and the settings that were found take.
+        defaults and the settings that were found take, all levels coded with them.
+
+    Raises:
+        UserError: the images cannot be coded.
     """
-    best, changes = dict(default(model).levels), list(_changes())
+    usual, changes = dict(default(model).levels), list(_changes())
+    best, chosen = dict(usual), set(usual if resolutions is None else resolutions)
     with decoding(model) as own:
         first = spent = _spent(own, best, images)
-        assert first is not None
+        if first is None:
+            raise UserError("the model cannot code its training images; train it further first")
         for done, change in enumerate(changes, 1):
-            trial = {resolution: change(own_best) for resolution, own_best in best.items()}
+            trial = {r: change(kept) if r in chosen else kept for r, kept in best.items()}
             found = None if trial == best else _spent(own, trial, images)
             for resolution in best if found is not None else ():
                 assert found is not None and spent is not None
@@ -60,8 +68,11 @@ def tune(
                     spent = {**spent, resolution: found[resolution]}
             if report is not None:
                 report(done / len(changes))
-    assert spent is not None
-    return best, {resolution: (first[resolution], spent[resolution]) for resolution in best}
+        # Trials had one lattice for all levels, which is that of the finest noise among them.
+        last = _spent(own, best, images)
+    if last is None or sum(last.values()) > sum(first.values()):
+        best, last = usual, first
+    return best, {resolution: (first[resolution], last[resolution]) for resolution in best}
 
 
 def _changes() -> Iterator[Change]:

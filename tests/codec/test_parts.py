@@ -1,11 +1,16 @@
 """Photographs in parts, and files in several lanes."""
 
+import os
+import resource
+import signal
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from small import model, smooth
 from test_codec import RESIDUAL, STEPS, same
+from tqdm import tqdm
 
 from mrcnf import codec
 from mrcnf.codec import blocks, container, lane, lanes, parts
@@ -24,11 +29,17 @@ def test_parts_cover_every_pixel_once_and_grow_with_what_is_coded_before(sizes, 
     for part in parts.cut(sizes, rule):
         assert part.top % unit == 0 == part.left % unit
         pixels = part.size.height * part.size.width
-        if max(part.size.height, part.size.width) >= 2 * unit:
+        if max(part.size.height, part.size.width) >= 2 * unit and pixels >= 2 * unit**2:
             assert rule.ratio * pixels <= before and pixels <= rule.most
         part.of(covered[part.image]).add_(1)
         before += pixels
     assert all((found == 1).all() for found in covered)
+
+
+def test_parts_are_not_so_many_that_a_short_file_could_ask_for_hours():
+    """However thin the image, and whatever the rule that a file gives."""
+    thin = Size(1, 1 << 22)
+    assert len(parts.cut([thin], Rule(32, 1 << 39, 1))) < (1 << 22) / 500
 
 
 def test_small_images_are_whole():
@@ -100,6 +111,11 @@ def test_lanes_take_all_images_in_their_order(pixels, count):
     assert all(found) and len(found) <= min(count, len(pixels))
 
 
+def test_small_images_after_a_large_one_share_a_lane():
+    assert [len(own) for own in lanes.split([5_000_000] + 12 * [1024])] == [13]
+    assert [len(own) for own in lanes.split([5_000_000] + 300 * [1024])] == [1, 300]
+
+
 def test_lanes_are_of_half_a_megapixel():
     assert len(lanes.split([1024] * 512)) == 1
     assert [len(own) for own in lanes.split([1024] * 1536)] == [512] * 3
@@ -114,6 +130,15 @@ def test_a_file_of_several_streams(pyramid):
     if pyramid == "integer":
         coarse = codec.decompress(made, coded.data, resolution=2)
         assert same(coarse, [lane.reduced(image, 2) for image in images])
+
+
+def test_every_lane_is_cut_by_itself():
+    """Of all images together the photograph would be late enough to be whole."""
+    made = model(field=RESIDUAL)
+    images = [*smooth(36, 32), *smooth(1, 64), *smooth(1, 64, seed=1)]
+    coded = codec.encode(made, images[-6:], steps=1, streams=2, verify=False, bound=False)
+    assert parts.KEY in container.unpack(coded.data).settings
+    assert same(codec.decompress(made, coded.data), images[-6:])
 
 
 def test_images_that_are_stored_lie_between_streams(monkeypatch):
@@ -145,6 +170,30 @@ def test_the_file_is_the_same_whoever_writes_it():
 
 
 @pytest.mark.slow
+def test_processes_keep_no_file_open_for_each_image():
+    """Under the usual limit of open files, and less."""
+    made, images = model(resolutions=(2,)), list(smooth(300, 2))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+    try:
+        coded = codec.encode(made, images, steps=1, streams=2, workers=2, bound=False)
+        assert same(codec.decompress(made, coded.data, workers=2), images)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not images[0].is_shared()
+
+
+def _stopped(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stopped_is_one_line():
+    with pytest.raises(UserError, match="fewer workers"), tqdm(disable=True) as bar:
+        lanes.each(_stopped, model(), [1, 2], workers=2, bar=bar)
+
+
+@pytest.mark.slow
 def test_mistakes_in_other_processes_are_told():
     made, images = model(), list(smooth(4, 4))
     coded = codec.encode(made, images, steps=STEPS, streams=2, bound=False)
@@ -162,6 +211,9 @@ def test_streams_and_workers_are_counted_from_one():
     for wrong in ({"streams": 0}, {"workers": 0}):
         with pytest.raises(UserError, match="from 1"):
             codec.encode(model(), smooth(1, 4), **wrong)
+    data = codec.compress(model(), smooth(1, 4), steps=1)
+    with pytest.raises(UserError, match="from 1"):
+        codec.decompress(model(), data, workers=-3)
 
 
 def test_block_counts_padding():

@@ -139,10 +139,20 @@ def test_files_say_that_they_are_portable():
         Settings(default(made).levels, 8, portable=1)
 
 
+def test_functions_of_whole_numbers_are_our_own():
+    whole = torch.arange(1, 9)
+    with Portable():
+        found = [whole.exp(), whole.log(), whole.tanh(), whole.sigmoid()]
+    own = (elementary.exp, elementary.log, elementary.tanh, elementary.sigmoid)
+    wanted = [function(whole.double()) for function in own]
+    assert all(map(torch.equal, found, wanted))
+
+
 def test_what_is_not_known_is_refused_by_name():
     x = torch.ones(2, 2, dtype=torch.float64)
     for name, call in {
         "erf": x.erf, "lerp": lambda: torch.lerp(x, x, 0.5), "std": x.std,
+        "index_put": lambda: x.index_put((torch.tensor([0, 0]),), x, accumulate=True),
         "cumsum": lambda: x.cumsum(0), "addmm": lambda: torch.addmm(x, x, x, alpha=2),
         "pow": lambda: torch.pow(x, x), "logcumsumexp": lambda: x.logcumsumexp(0),
     }.items():  # fmt: skip

@@ -56,6 +56,20 @@ def test_a_level_keeps_what_was_found_beside_its_weights(tmp_path):
     assert default(other) == default(model())
 
 
+def test_other_levels_keep_their_settings(few_trials):
+    made = model(size=0.3)
+    found, _ = tuning.tune(made, list(smooth(2, 4)), [2])
+    assert found[4] == default(made).levels[4]
+
+
+def test_a_model_that_cannot_code_is_one_line(few_trials):
+    made = model()
+    for weight in made.level(4).parameters():
+        weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="cannot code"):
+        tuning.tune(made, list(smooth(2, 4)))
+
+
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"colour": 1}])
 def test_kept_settings_are_checked(wrong):
     made = model()
