@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,7 +24,7 @@ from mrcnf.codec.ans import Stack
 from mrcnf.codec.blocks import Block, Group, Size
 from mrcnf.codec.lane import decoding
 from mrcnf.codec.levels import LevelCoder
-from mrcnf.codec.pyramid import ExactCoder, Pushed
+from mrcnf.codec.pyramid import ExactCoder, Pushed, untold
 from mrcnf.codec.settings import Settings
 from mrcnf.codec.steps import Piece
 from mrcnf.errors import UserError
@@ -112,7 +111,7 @@ class Side:
             RuntimeError: other images.
         """
         for block, (stack, pushed) in zip(self.blocks, self._pushed, strict=True):
-            (found,) = self.coder.pop(stack.copy(), pushed.blocks, pushed.rungs, _nothing)
+            (found,) = self.coder.pop(stack.copy(), pushed.blocks, pushed.rungs, untold)
             if not torch.equal(found, block):
                 raise RuntimeError("decoded images are not those that were coded")
 
@@ -128,17 +127,14 @@ class Side:
         return sum(spent) / self.dims
 
     def _push(self, block: Tensor) -> tuple[Stack, Pushed]:
-        words = np.random.default_rng(0).integers(
-            1, 2**32, 64 + 2 * block.numel(), dtype=np.uint32
-        )
-        stack, size = Stack(words), Size(*block.shape[2:])
+        stack, size = Stack.deep(64 * block.numel()), Size(*block.shape[2:])
         group = Group(tuple(range(len(block))), size)
 
         def gather(own: Block) -> Tensor:
             return block[list(own.members)]
 
         with torch.no_grad():
-            pushed = self.coder.push(stack, [group], gather, _nothing)
+            pushed = self.coder.push(stack, [group], gather, untold)
         assert pushed.rungs == {0: [0]}, "not one block at full accuracy"
         return stack, pushed
 
@@ -340,7 +336,3 @@ def untrained() -> MultiResolutionFlow:
 def _fields(level: Level) -> list[ResidualField]:
     assert isinstance(level.flow, ContinuousFlow)
     return [field for field in level.flow if isinstance(field, ResidualField)]
-
-
-def _nothing(_: object) -> None:
-    pass

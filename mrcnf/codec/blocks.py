@@ -29,6 +29,10 @@ class Size:
         """The next multiples of a unit."""
         return Size(self.height + -self.height % unit, self.width + -self.width % unit)
 
+    def reduced(self, factor: int) -> Size:
+        """So many times smaller, what is left over counted as one."""
+        return Size(-(-self.height // factor), -(-self.width // factor))
+
 
 @dataclass(frozen=True)
 class Block:

@@ -16,6 +16,7 @@ from mrcnf.codec.blocks import Size
 from mrcnf.codec.contents import Contents, Entry
 from mrcnf.codec.identity import identity
 from mrcnf.codec.lane import Lane
+from mrcnf.codec.pyramid import total
 from mrcnf.codec.settings import Settings, default, with_steps
 from mrcnf.errors import UserError
 from mrcnf.model.model import MultiResolutionFlow
@@ -160,15 +161,12 @@ def _numbers(
 ) -> Coded:  # fmt: skip
     dims, bits = sum(image.numel() for image in images), 8 * len(data)
     pixels = sum(image[0].numel() for i, image in enumerate(images) if i not in stored)
-    fine, spent = sum(own.dims for own in found), dict[int, float]()
-    for own in found:
-        for resolution, some in own.spent.items():
-            spent[resolution] = spent.get(resolution, 0.0) + some
+    fine, spent = sum(own.dims for own in found), total(own.spent for own in found)
     promised = overhead = excess = None
     if bound and dims:
         # An image that the model cannot code is as large as it is.
-        total = sum(own.bound or 0.0 for own in found) + 8 * sum(map(len, stored.values()))
-        promised, overhead = total / dims, 100 * (bits / total - 1)
+        least = sum(own.bound or 0.0 for own in found) + 8 * sum(map(len, stored.values()))
+        promised, overhead = least / dims, 100 * (bits / least - 1)
         if fine:
             excess = 100 * (sum(spent.values()) / sum(own.fine or 0.0 for own in found) - 1)
     padding = sum(own.padding for own in found)

@@ -20,10 +20,9 @@ from mrcnf.codec import blocks, parts
 from mrcnf.codec.ans import CodingError, Stack, Words
 from mrcnf.codec.blocks import Block, Group, Size
 from mrcnf.codec.contents import Stream, check_of
-from mrcnf.codec.lanes import Tick
 from mrcnf.codec.parts import Part
 from mrcnf.codec.portable import portable as portably
-from mrcnf.codec.pyramid import Failed, Pushed, coder_of
+from mrcnf.codec.pyramid import Failed, Pushed, Tick, coder_of, total, untold
 from mrcnf.codec.ramp import PLAIN
 from mrcnf.codec.settings import Settings
 from mrcnf.data.imagefile import encode_png
@@ -86,7 +85,8 @@ def encode(model: MultiResolutionFlow, job: ToEncode, tick: Tick) -> Lane:
                     stored[i] = encode_png(images[i])
                 continue
             break
-    with decoding(model) as attempt.model:  # the bound is that of the usual arithmetic
+    with decoding(model) as usual:
+        attempt.model = usual  # whose bound it is, portable or not
         return attempt.lane(stored, job.bound)
 
 
@@ -126,12 +126,10 @@ def pop_images(model: MultiResolutionFlow, job: ToDecode, tick: Tick) -> list[Te
         raise CodingError("no whole number of words")
     stack = Stack(np.frombuffer(data, "<u4").astype(np.uint32))
     batches = coder_of(model, job.settings).pop(stack, plan, rungs, tick, job.resolution)
-    small = [Size(-(-size.height // factor), -(-size.width // factor)) for size in sizes]
+    small = [size.reduced(factor) for size in sizes]
     channels = [job.channels[part.image] for part in pieces]
-    shapes = [
-        (channels, -(-size.height // factor), -(-size.width // factor))
-        for channels, size in zip(job.channels, job.sizes, strict=True)
-    ]
+    whole = [size.reduced(factor) for size in job.sizes]
+    shapes = [(c, s.height, s.width) for c, s in zip(job.channels, whole, strict=True)]
     return parts.join(
         (
             (pieces[i], pixels)
@@ -255,9 +253,7 @@ class _Attempt:
         lane.padding = sum(block.pixels for block in blocks)
         lane.padding -= sum(image[0].numel() for image in self.images)
         lane.dims = sum(pixels[i].numel() for i in members)
-        for number in self._fine:
-            for resolution, bits in self.pushed.tallies[number].spent.items():
-                lane.spent[resolution] = lane.spent.get(resolution, 0.0) + bits
+        lane.spent = total(self.pushed.tallies[number].spent for number in self._fine)
         if bound:
             started = time.perf_counter()
             bounds = self._bounds(members)
@@ -308,8 +304,8 @@ class _Attempt:
         stack = Stack.deep(64 * dims * self.model.config.channels)
         coder = coder_of(self.model, self.settings)
         try:
-            pushed = coder.push(stack, groups, self._gather, _nothing)
-            found = coder.pop(stack, pushed.blocks, pushed.rungs, _nothing)
+            pushed = coder.push(stack, groups, self._gather, untold)
+            found = coder.pop(stack, pushed.blocks, pushed.rungs, untold)
         except CodingError:
             return False
         own = [self._gather(block) for block in pushed.blocks]
@@ -319,8 +315,9 @@ class _Attempt:
 
     def _bound(self, bounds: Mapping[int, float]) -> float:
         """Of all images, in bits."""
-        total = sum(bounds.values())
-        total -= sum(bits for i, bits in bounds.items() if self.parts[i].image in self._wholes)
+        found = sum(
+            bits for i, bits in bounds.items() if self.parts[i].image not in self._wholes
+        )
         for image in self._wholes:
             size = self.sizes[image].padded(self.model.multiple)
             block = Block((image,), size)
@@ -331,8 +328,8 @@ class _Attempt:
                     into = Part(0, part.top, part.left, own).of(x[0])
                     into.copy_(self._points[i])
             pixels = blocks.gather(self.images, block, self.model.config.channels)
-            total += float(self._bits(x, pixels, (1, image)).sum())
-        return total
+            found += float(self._bits(x, pixels, (1, image)).sum())
+        return found
 
     @cached_property
     def _wholes(self) -> set[int]:
@@ -380,7 +377,3 @@ class _Attempt:
         found = likelihoods(self.model, x, log_q, generator=generator)
         nats = torch.stack([part.log_prob.double() for part in found.values()]).sum(0)
         return -nats / math.log(2)
-
-
-def _nothing(_: object) -> None:
-    pass

@@ -16,16 +16,16 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from mrcnf.codec.pyramid import Tick
 from mrcnf.errors import UserError
 from mrcnf.model.model import MultiResolutionFlow
 
 Job = TypeVar("Job")
 Found = TypeVar("Found")
-Tick = Callable[[int], object]
 Function = Callable[[MultiResolutionFlow, Job, Tick], Found]
 
 PIXELS = 1 << 19
-"""Of a lane, about: 512 images of 32×32. What it takes to begin is as much as two of them."""
+"""Of a lane, about: 512 images of 32×32, beside which it matters little what it takes to begin."""
 _POLL = 0.2  # seconds
 
 

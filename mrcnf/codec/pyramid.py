@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -78,6 +78,19 @@ class Pushed:
     cuts: dict[int, int]
     """By resolution, coarsest first, how many words from the bottom a reader of its images can do
     without; 0 instead of a resolution where all levels are one."""
+
+
+def untold(_: int) -> None:
+    """A `Tick` for whoever does not wait."""
+
+
+def total(tables: Iterable[Mapping[int, float]]) -> dict[int, float]:
+    """Tables of numbers by level, added up."""
+    found = dict[int, float]()
+    for table in tables:
+        for resolution, number in table.items():
+            found[resolution] = found.get(resolution, 0.0) + number
+    return found
 
 
 class PyramidCoder(ABC):

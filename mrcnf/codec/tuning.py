@@ -17,8 +17,8 @@ from mrcnf.codec import blocks
 from mrcnf.codec.ans import CodingError, Stack
 from mrcnf.codec.blocks import Block, Group, Size
 from mrcnf.codec.lane import decoding
-from mrcnf.codec.pyramid import coder_of
-from mrcnf.codec.settings import STEPS, LevelSettings, Settings, default, fitting
+from mrcnf.codec.pyramid import coder_of, total, untold
+from mrcnf.codec.settings import STEPS, LevelSettings, default, fitting
 from mrcnf.errors import UserError
 from mrcnf.model.model import MultiResolutionFlow
 
@@ -53,19 +53,19 @@ def tune(
         UserError: the images cannot be coded.
     """
     usual, changes = dict(default(model).levels), list(_changes())
-    best, chosen = dict(usual), set(usual if resolutions is None else resolutions)
+    best, free = dict(usual), set(usual if resolutions is None else resolutions)
     with decoding(model) as own:
-        first = spent = _spent(own, best, images)
+        first = _spent(own, best, images)
         if first is None:
             raise UserError("the model cannot code its training images; train it further first")
+        spent = first
         for done, change in enumerate(changes, 1):
-            trial = {r: change(kept) if r in chosen else kept for r, kept in best.items()}
+            trial = {r: change(kept) if r in free else kept for r, kept in best.items()}
             found = None if trial == best else _spent(own, trial, images)
-            for resolution in best if found is not None else ():
-                assert found is not None and spent is not None
-                if found[resolution] < spent[resolution]:
+            for resolution, bits in (found or {}).items():
+                if bits < spent[resolution]:
                     best[resolution] = trial[resolution]
-                    spent = {**spent, resolution: found[resolution]}
+                    spent = {**spent, resolution: bits}
             if report is not None:
                 report(done / len(changes))
         # Trials had one lattice for all levels, which is that of the finest noise among them.
@@ -91,7 +91,7 @@ def _spent(
     model: MultiResolutionFlow, levels: dict[int, LevelSettings], images: Sequence[Tensor]
 ) -> dict[int, float] | None:
     """Bits per dimension of the image by level; None: these settings cannot code them."""
-    settings: Settings = fitting(levels)
+    settings = fitting(levels)
     size = Size(*images[0].shape[1:])
     group = Group(tuple(range(len(images))), size.padded(model.multiple))
     dims = len(images) * model.config.channels * group.size.height * group.size.width
@@ -100,18 +100,11 @@ def _spent(
         return blocks.gather(images, block, model.config.channels)
 
     try:
-        pushed = coder_of(model, settings).push(Stack.deep(_DEPTH * dims), [group], gather, _ignore)
+        pushed = coder_of(model, settings).push(Stack.deep(_DEPTH * dims), [group], gather, untold)
     except CodingError:
         return None
-    total = dict.fromkeys(levels, 0.0)
-    for tally in pushed.tallies:
-        for resolution, bits in tally.spent.items():
-            total[resolution] += bits / dims
-    return total
-
-
-def _ignore(_: int) -> None:
-    pass
+    found = total(tally.spent for tally in pushed.tallies)
+    return {resolution: bits / dims for resolution, bits in found.items()}
 
 
 def chosen(images: Tensor, count: int, generator: torch.Generator) -> list[Tensor]:

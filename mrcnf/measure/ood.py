@@ -111,8 +111,6 @@ def scores(
     wanted = check_names(levels, wanted) or _possible(levels, typical)
     if typical is None and "typicality" in wanted:
         raise UserError("typicality is a distance from training images, of which none were given")
-    check_images(images, levels[0].model.channels)
-    check_size(levels, images.shape[2:])
     shares = bits_by_level(
         levels, images, batch=batch, draws=draws, seed=seed, progress=progress
     ).numpy()
