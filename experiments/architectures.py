@@ -5,8 +5,7 @@
 
 RUN/measured.json holds a table per part, with numbers of each image, so that rows can be compared
 image by image. Every row has the same images and, pixel by pixel, the same noise. Times are of the
-processor; continuous flows are attacked, and scored for `ood`, in fewer steps of their solver, and
-fewer images of theirs are attacked.
+processor; continuous flows are attacked, and scored for `ood`, in fewer steps of their solver.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ from mrcnf.training.objectives import Objective
 
 TESTED, SCORED, CODED, SAMPLED = 500, 200, 20, 16
 ATTACKED, GRADIENTS, EPSILONS = 32, 10, (2, 8)
-FEWER, FEWER_ATTACKED = 10, 8
-"""Steps of a continuous flow's solver where it is attacked or scored; images that are attacked."""
+FEWER = 10
+"""Steps of a continuous flow's solver where it is attacked or scored."""
 CONTROLS, CONTROLS_EPSILON, CONTROLS_IMAGES, CONTROLS_FEWER = (1, 2, 4, 8, 16, 32, 64), 4, 16, 4
 """What shows that the attack is one: numbers of steps, and images, fewer for continuous flows."""
 PATCHES = (1, 2, 4, 8, 16)
@@ -213,10 +212,10 @@ def _scores(
 
 def attacked(row: Row) -> dict[str, Any]:
     """Bits of attacked images beside theirs before, and with random signs; and their files."""
-    count = FEWER_ATTACKED if row.solved else ATTACKED
-    levels, images = row.coarsely(), row.test[:count]
-    found: dict[str, Any] = {"images": count, "steps": GRADIENTS, "epsilons": {}}
+    levels, images = row.coarsely(), row.test[:ATTACKED]
+    found: dict[str, Any] = {"images": ATTACKED, "steps": GRADIENTS, "epsilons": {}}
     found["natural"] = bits_by_level(levels, images).tolist()
+    exactly: MultiResolutionFlow = mrcnf.load(row.run)  # the bound, too, in all steps
     for epsilon in EPSILONS:
         changed = attack(
             levels, images, epsilon=epsilon, steps=GRADIENTS, progress=PROGRESS
@@ -225,7 +224,7 @@ def attacked(row: Row) -> dict[str, Any]:
         found["epsilons"][str(epsilon)] = {
             "attacked": bits_by_level(levels, changed).tolist(),
             "random": bits_by_level(levels, signs).tolist(),
-            "file": _file(row.model, changed[:CODED]),
+            "file": _file(exactly, changed[:CODED]),
         }
     return found
 

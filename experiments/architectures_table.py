@@ -201,7 +201,7 @@ def attack_table(rows: Rows) -> list[str]:
     lines = _head(
         "", "images", "ε", "natural", "attacked", "random signs", "attacked − natural",
         "random − natural", "ratio", "attacked − natural by level", "file of attacked",
-        "over its bound", "bit for bit",
+        "over its bound", "without the beginning", "bit for bit",
     )  # fmt: skip
     for name, row in _with(rows, "attack"):
         own = row["attack"]
@@ -222,6 +222,7 @@ def attack_table(rows: Rows) -> list[str]:
                     " / ".join(f"{share:+.3f}" for share in shares) if len(shares) > 1 else "",
                     f"{found['file']['bits_per_dim']:.3f}",
                     _percent(found["file"]["overhead_percent"]),
+                    _percent(found["file"]["excess_percent"]),
                     "yes" if found["file"]["same"] else "NO",
                 )
             )
