@@ -27,7 +27,7 @@ def test_help_names_every_command(capsys):
     listed = re.findall(r"• (\w+) ", said)
     assert listed == [
         "demo", "train", "extend", "assemble", "calibrate", "evaluate", "sample", "upscale",
-        "compress", "decompress", "info", "compare", "entropy", "attack", "ood", "check",
+        "compress", "decompress", "info", "compare", "entropy", "attack", "ood", "pack", "check",
     ]  # fmt: skip
 
 
