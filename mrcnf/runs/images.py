@@ -34,7 +34,7 @@ def open_images(settings: DataConfig, model: ModelConfig, split: str) -> Images:
         resolution=model.finest,
         limit=(settings.limit or None) if split == "train" else None,
         download=settings.download,
-        crop=settings.crop,
+        crop=settings.crop if settings.name.startswith("folder:") else 0,
     )
     match_model(model, images)
     return images

@@ -52,8 +52,8 @@ class DataConfig:
     limit: Annotated[int, at_least(0)] = 0
     """Train on the first so many images; 0 uses all. Evaluation has `evaluate.limit`."""
     crop: Annotated[int, at_least(0)] = 0
-    """Cut each photograph of a folder into at most so many squares at its own resolution, of the
-    finest level's size; 0: take its central square, averaged to that size."""
+    """Of folder:PATH: cut each photograph into at most so many squares of the finest level's size,
+    at its own resolution; 0: take its central square, averaged to that size."""
     download: bool = False
     """Fetch missing files from their publishers (extra `data`)."""
 
