@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -47,23 +48,22 @@ def anonymous() -> int:
 
 def generated(count: int) -> Stream:
     """Noisy gradients, the same ones for the same number."""
-    step, (channels, height, width) = PART // int(np.prod(SHAPE)), SHAPE
+    size, (channels, height, width) = math.prod(SHAPE), SHAPE
+    step = PART // size
 
     def parts(start: int) -> Iterator[np.ndarray]:
-        ramp = np.linspace(40, 160, width, dtype=np.float32)
+        ramp = np.linspace(0, 127, width).astype(np.uint8)
         for first in range(start, count, step):
             n = min(step, count - first)
-            random = np.random.default_rng(first)
-            noise = random.integers(0, 48, (n, *SHAPE), np.uint8)
-            shift = random.integers(0, 48, (n, channels, 1, 1), np.uint8)
-            yield noise + shift + ramp.astype(np.uint8)
+            noise = np.frombuffer(np.random.default_rng(first).bytes(n * size), np.uint8)
+            yield noise.reshape(n, *SHAPE) // 2 + ramp
 
     return Stream((count, channels, height, width), parts)
 
 
 def write(out: Path, gigabytes: float) -> None:
     """Write the file, with a bar if somebody is watching."""
-    stream = generated(int(gigabytes * 1e9) // int(np.prod(SHAPE)))
+    stream = generated(int(gigabytes * 1e9) // math.prod(SHAPE))
     with tqdm(total=len(stream), desc=out.name, disable=not sys.stderr.isatty()) as bar:
         packing.pack(stream, out, name="generated", report=lambda done: bar.update(done - bar.n))
 
@@ -121,7 +121,7 @@ def measure(
     read = time.perf_counter() - started
     cached = gathered(mapped, 50 * steps)
     after = anonymous()
-    few = mapped.first(min(len(mapped), int(0.5e9) // int(np.prod(SHAPE))))
+    few = mapped.first(min(len(mapped), int(0.5e9) // math.prod(SHAPE)))
     memory = Images(few.pixels.clone(), "memory", "train")
     beside = Trainer(config, 32, memory, folder / "memory")
     paces = pace({"mapped": trainer, "memory": beside}, steps, laps)

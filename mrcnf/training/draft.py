@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from mrcnf import runtime
-from mrcnf.data.datasets import Images
+from mrcnf.data.datasets import Images, load
 from mrcnf.data.folders import photographs
 from mrcnf.errors import UserError
 from mrcnf.runs.config import Config, from_table
@@ -96,10 +96,10 @@ def draft(
     """A configuration for images, of which so many `minutes` of training come out.
 
     The finest resolution is at most 32 on a CPU and 64 on a GPU unless `resolutions` are given, and
-    of a few photographs at most half of the smallest side; photographs are cut into crops whatever
-    `data.crop` is. The networks grow with the number of images. Steps are what fits into the
-    minutes, the finer levels getting more, at a pace that is measured by training each level for a
-    few steps.
+    of a few photographs at most half of the smallest side, but of an npy file its own. Photographs
+    of a folder are always cut into crops. The networks grow with the number of images. Steps are
+    what fits into the minutes, the finer levels getting more, at a pace that is measured by
+    training each level for a few steps.
 
     Raises:
         UserError: there are no such images, or too few or too small ones; or the name or the
@@ -107,16 +107,18 @@ def draft(
     """
     if not minutes > 0 or not math.isfinite(minutes):
         raise UserError(f"--minutes {minutes:g}: must be more than 0")
-    what, smallest = "", 0
+    on_gpu = torch.cuda.is_available()
+    what, smallest, most = "", 0, 64 if on_gpu else 32
+    if data.name.startswith("npy:"):
+        most = load(data.name).shape[-1]  # files have one resolution
     if data.name.startswith("folder:"):
         what, smallest, count = _photographs(data.name)
         # Of a few test photographs each should give several crops.
-        smallest = smallest if count >= MANY else smallest // 2
+        smallest = smallest if count >= MANY else max(1, smallest // 2)
         if not data.crop:
             data = dataclasses.replace(data, crop=_rounded(CROPS / count, 1))
     table = {"name": name, "data": dataclasses.asdict(data)}
-    on_gpu = torch.cuda.is_available()
-    chosen = tuple(resolutions) or _resolutions(smallest, 64 if on_gpu else 32)
+    chosen = tuple(resolutions) or _resolutions(smallest or most, most)
     config = from_table(table | {"model": {"resolutions": list(chosen)}}, f"mrcnf new {name}")
     train = open_images(config.data, config.model, "train")
     test = open_images(config.data, config.model, "test")
@@ -151,12 +153,12 @@ def _photographs(name: str) -> tuple[str, int, int]:
 
 
 def _resolutions(smallest: int, most: int) -> tuple[int, ...]:
-    """Powers of two up to `most`, and to `smallest` where that is not 0."""
-    finest = min(most, 2 ** (smallest.bit_length() - 1)) if smallest else most
+    """Powers of two up to the smaller of the two."""
+    finest = 2 ** (min(most, smallest).bit_length() - 1)
     if finest < 4:
         raise UserError(
-            "the smallest photograph has a side of less than 8 pixels; remove it, or give "
-            "--resolutions"
+            "the smallest photograph has a side of less than 8 pixels, or all images one of less "
+            "than 4; remove it, or give --resolutions"
         )
     coarsest = min(8, finest // 2)
     return tuple(2**k for k in range(coarsest.bit_length() - 1, finest.bit_length()))

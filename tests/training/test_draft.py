@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from tiny import smooth_images, write_npz
@@ -64,6 +65,13 @@ def test_the_finest_level_fits_the_smallest_photograph(tmp_path, paced, smallest
     name = write_photographs(tmp_path, [(64, 64)] * 2 + [(smallest, 70)])
     found = draft("n", DataConfig(name=name))
     assert found.config.model.resolutions == expected
+
+
+def test_a_file_has_its_resolution(tmp_path, paced):
+    for split in ("train", "test"):
+        np.save(tmp_path / f"{split}.npy", smooth_images(side=16).numpy())
+    found = draft("n", DataConfig(name=f"npy:{tmp_path}"))
+    assert found.config.model.resolutions == (8, 16) and found.config.data.crop == 0
 
 
 def test_settings_of_data_are_kept(tmp_path, paced):
