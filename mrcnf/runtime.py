@@ -169,6 +169,15 @@ def sum_over_processes(values: Tensor, device: torch.device) -> Tensor:
     return total.cpu()
 
 
+def of_first_process(work: Callable[[], str]) -> str:
+    """What the first process makes of some work, which the others leave to it; called by all."""
+    rank, world = rank_and_world()
+    found = [work() if rank == 0 else ""]
+    if world > 1:
+        dist.broadcast_object_list(found)
+    return found[0]
+
+
 def rank_and_world() -> tuple[int, int]:
     """This process's number and how many there are: 0 and 1 without a process group."""
     if dist.is_available() and dist.is_initialized():

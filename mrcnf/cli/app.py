@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import tyro
 
 from mrcnf.cli.coding import compress, decompress
+from mrcnf.cli.data import new, pack
 from mrcnf.cli.looking import check, compare, entropy, info
 from mrcnf.cli.training import assemble, calibrate, demo, extend, train
 from mrcnf.cli.trying import attack, ood
@@ -25,7 +26,7 @@ from mrcnf.flows.solve import SolverError
 COMMANDS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
-        demo, train, extend, assemble, calibrate, evaluate, sample, upscale, compress,
+        demo, new, pack, train, extend, assemble, calibrate, evaluate, sample, upscale, compress,
         decompress, info, compare, entropy, attack, ood, check,
     )
 }  # fmt: skip

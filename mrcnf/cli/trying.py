@@ -167,8 +167,8 @@ def ood(
         set_solvers(levels, configuration.override({}, overrides))
         detection.check_names(levels, scores)
         model = levels[0].model
-        inside = _first(open_images(settings.data, model, "test"), limit)
-        outside = _first(_outside(against, settings.data, model, inside, seed), limit)
+        inside = open_images(settings.data, model, "test").first(limit or None)
+        outside = _outside(against, settings.data, model, inside, seed).first(limit or None)
         if min(len(inside), len(outside)) < 2:
             raise UserError("the sets have a single image; at least 2 are needed of either")
         training, left_out = None, ""
@@ -178,7 +178,7 @@ def ood(
                     finest_config(run).data, root=settings.data.root,
                     download=settings.data.download,
                 )  # fmt: skip
-                training = _first(open_images(own, model, "train"), limit).pixels
+                training = open_images(own, model, "train").first(limit or None).pixels
             except UserError as error:
                 if scores:
                     raise
@@ -208,13 +208,6 @@ def _settings(run: Path, data: str, overrides: tuple[str, ...]) -> configuration
 def _budgets(steps: int) -> list[int]:
     """1, 2, 4, … and so many steps."""
     return [*(2**i for i in range(steps.bit_length()) if 2**i < steps), steps]
-
-
-def _first(images: Images, limit: int) -> Images:
-    if not limit:
-        return images
-    groups = None if images.groups is None else images.groups[:limit]
-    return Images(images.pixels[:limit], images.name, images.split, groups)
 
 
 def _outside(

@@ -129,14 +129,8 @@ def evaluate(
         )
     if isinstance(images, Tensor):
         images = Images(images, "a tensor", "")
+    images = images.first(limit or None)
     check_images(images.pixels, levels[0].model.channels)
-    if limit:
-        images = Images(
-            images.pixels[:limit],
-            images.name,
-            images.split,
-            None if images.groups is None else images.groups[:limit],
-        )
     if len(images) < 2:
         raise UserError(
             f"{images.name} has {len(images)} images to evaluate; at least 2 are needed"

@@ -22,7 +22,7 @@ def open_images(settings: DataConfig, model: ModelConfig, split: str) -> Images:
         split: "train" or "test".
 
     Returns:
-        uint8 pixels (N, C, R, R), R the finest resolution.
+        uint8 (N, C, R, R), R the finest resolution.
 
     Raises:
         UserError: there are no such images, or they disagree with the model.
@@ -34,6 +34,7 @@ def open_images(settings: DataConfig, model: ModelConfig, split: str) -> Images:
         resolution=model.finest,
         limit=(settings.limit or None) if split == "train" else None,
         download=settings.download,
+        crop=settings.crop if settings.name.startswith("folder:") else 0,
     )
     match_model(model, images)
     return images
@@ -45,7 +46,7 @@ def match_model(model: ModelConfig, images: Images) -> ModelConfig:
     Raises:
         UserError: the channels differ, or the images are not R×R, R the finest resolution.
     """
-    _, channels, height, width = images.pixels.shape
+    _, channels, height, width = images.shape
     if model.channels not in (0, channels):
         raise UserError(
             f"{images.name} has {channels} channel(s) but model.channels is {model.channels}"

@@ -45,12 +45,15 @@ class DataConfig:
     """Which images."""
 
     name: str = "photos"
-    """photos, cifar10, cifar100, svhn, fashion-mnist, imagenet32, imagenet64, folder:PATH or
-    npz:PATH."""
+    """photos, cifar10, cifar100, svhn, fashion-mnist, imagenet32, imagenet64, folder:PATH, npz:PATH
+    or npy:PATH."""
     root: str = ""
     """Folder that holds the published files; empty: $MRCNF_DATA, else ./data."""
     limit: Annotated[int, at_least(0)] = 0
     """Train on the first so many images; 0 uses all. Evaluation has `evaluate.limit`."""
+    crop: Annotated[int, at_least(0)] = 0
+    """Of folder:PATH: cut each photograph into at most so many squares of the finest level's size,
+    at its own resolution; 0: take its central square, averaged to that size."""
     download: bool = False
     """Fetch missing files from their publishers (extra `data`)."""
 

@@ -93,7 +93,7 @@ def train_levels(
         trainers = [
             Trainer(
                 config, resolution, images, run, resume, test,
-                pixels=pixels_on(runtime.choose_device(train.device)),
+                pixels=None if images.mapped else pixels_on(runtime.choose_device(train.device)),
             )
             for resolution, train in zip(resolutions, own, strict=True)
         ]  # fmt: skip

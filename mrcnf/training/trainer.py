@@ -24,6 +24,7 @@ from mrcnf.flows.solve import SolverError
 from mrcnf.runs import checkpoint
 from mrcnf.runs.config import Config, to_toml
 from mrcnf.training import objectives
+from mrcnf.training.batches import Batches
 from mrcnf.training.optim import Schedule
 from mrcnf.training.order import EpochOrder
 from mrcnf.training.prepare import prepare_level
@@ -68,7 +69,7 @@ class Trainer:
         self.rank, self.world = runtime.rank_and_world()
         self._check_processes()
         self.device = runtime.choose_device(self.train.device)
-        data = images.sha256
+        data = runtime.of_first_process(lambda: images.sha256)
         refuse_used(self.folder, resume)
         self.level = prepare_level(config, resolution, images).to(self.device).train()
         found = newest(self.folder)
@@ -79,8 +80,10 @@ class Trainer:
             self.level.compile()
         objective = objectives.Objective(self.level, config)
         self.objective = DistributedDataParallel(objective) if self.world > 1 else objective
-        self.images = images.pixels.to(self.device) if pixels is None else pixels
-        self.order = EpochOrder(len(images), self.train.batch, self.train.seed)
+        order = EpochOrder(len(images), self.train.batch, self.train.seed)
+        pieces = self.train.micro_batches
+        self.mine = range(self.rank, pieces, self.world)
+        self.batches = Batches(images, order, pieces, self.mine, self.device, pixels)
         self.schedule = Schedule(
             self.train.learning_rate, self.train.warmup, self.train.steps, self.train.minutes,
             falls=self.train.schedule == "cosine",
@@ -92,7 +95,7 @@ class Trainer:
             self.step_number, self.seconds = self.state.restore(found)
         self.watch = Watch(
             self.folder, resolution, self.train, self.update,
-            None if test is None else test.pixels[: self.train.evaluate_images],
+            None if test is None else test.first(self.train.evaluate_images).pixels,
             self.step_number, self.seconds,
         )  # fmt: skip
         self.begun = False
@@ -179,22 +182,18 @@ class Trainer:
     def _reorder(self) -> None:
         seed = seeds.seed_of(self.train.seed, self.resolution, f"{self.step_number}/order")
         generator = seeds.generator(seed, self.device)
-        chosen = torch.randint(
-            len(self.images), (REORDER_ON,), generator=generator, device=self.device
-        )
-        images = self.images[chosen]
+        count = len(self.batches.images)
+        chosen = torch.randint(count, (REORDER_ON,), generator=generator, device=self.device)
+        images = self.batches.take(chosen)
         _, x, _ = objectives.seen(images, self.train, self.level.model, generator)
         self.level.reorder(x)
 
     def _gradients(self) -> dict[str, Tensor]:
         """Leave a batch's gradients in the parameters; returns its loss and the loss's parts."""
-        pieces = self.train.micro_batches
-        indices = self.order.indices(self.step_number).chunk(pieces)
-        mine = range(self.rank, pieces, self.world)
         sums: dict[str, Tensor] = {}
-        for piece in mine:
+        for piece, batch in self.batches.of_step(self.step_number):
             try:
-                parts = self._piece(piece, indices[piece], len(mine), piece == mine[-1])
+                parts = self._piece(piece, batch)
             except SolverError as error:
                 if self.world > 1:
                     raise  # the other processes wait for this one's gradient
@@ -207,19 +206,18 @@ class Trainer:
                     self.save_if_new()  # nothing has been updated yet
                 raise
             for name, value in parts.items():
-                sums[name] = sums.get(name, 0) + value / len(mine)
+                sums[name] = sums.get(name, 0) + value / len(self.mine)
         return sums
 
-    def _piece(self, piece: int, indices: Tensor, pieces: int, last: bool) -> dict[str, Tensor]:
-        """Add the gradients of one piece of the batch, of so many that this process has."""
+    def _piece(self, piece: int, batch: Tensor) -> dict[str, Tensor]:
+        """Add the gradients of one piece of the batch."""
         seed = seeds.seed_of(self.train.seed, self.resolution, f"{self.step_number}/{piece}")
         generator = seeds.generator(seed, self.device)
-        batch = self.images[indices.to(self.device)]
         # The processes exchange gradients once a step.
-        wait = not last and isinstance(self.objective, DistributedDataParallel)
+        wait = piece != self.mine[-1] and isinstance(self.objective, DistributedDataParallel)
         with self.objective.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
             loss, parts = self.objective(batch, generator)
-            (loss / pieces).backward()
+            (loss / len(self.mine)).backward()
         return {"loss": loss.detach(), **parts}
 
     def _due(self, every: int) -> bool:
