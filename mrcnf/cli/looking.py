@@ -16,7 +16,7 @@ from mrcnf.measure.evaluate import set_solvers
 from mrcnf.model.settings import FlowConfig
 from mrcnf.report import compare as comparison
 from mrcnf.report import page, plot
-from mrcnf.report.subject import Limits
+from mrcnf.report.subject import Limits, Subject
 from mrcnf.runs import checkpoint
 from mrcnf.runs.agreement import rebuilt
 from mrcnf.runs.config import override
@@ -67,7 +67,9 @@ def report(
     """
     target = run / "report.html" if out is None else out
     limits = Limits(images, training_images, device)
-    page.report(run, target, limits=limits, overrides=overrides, progress=sys.stderr.isatty())
+    page.check_page(target)
+    subject = Subject(run, limits=limits, overrides=overrides, progress=sys.stderr.isatty())
+    page.report(subject, target)
     print(target)
 
 

@@ -28,7 +28,7 @@ class Table:
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
-    caption: str = ""
+    caption: str
     strong: Sequence[int] = ()
     """Rows that stand out."""
     words: Sequence[int] = ()

@@ -22,12 +22,13 @@ PANEL = 3.3, 2.3
 """Width and height of a panel in inches: two beside each other fill the column, one a phone."""
 _INK = "#010203"  # stands for the colour of the page's text while matplotlib draws
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none", "svg.hashsalt": "mrcnf", "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9,
-    "xtick.labelsize": 8, "ytick.labelsize": 8, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.linewidth": 0.6, "lines.linewidth": 1.4,
+    "svg.fonttype": "none", "svg.hashsalt": "mrcnf",
+    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9,
+    "xtick.labelsize": 8, "ytick.labelsize": 8,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
     "text.color": _INK, "axes.labelcolor": _INK, "axes.titlecolor": _INK, "axes.edgecolor": _INK,
     "xtick.color": _INK, "ytick.color": _INK, "grid.color": _INK, "grid.alpha": 0.15,
-    "grid.linewidth": 0.5, "axes.grid": True, "axes.axisbelow": True,
+    "grid.linewidth": 0.5, "axes.grid": True, "axes.axisbelow": True, "lines.linewidth": 1.4,
 }  # fmt: skip
 
 

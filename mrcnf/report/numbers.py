@@ -83,15 +83,14 @@ def bits(subjects: Sequence[Subject]) -> list[Block]:
 
 def _by_level(result: Evaluation) -> Table:
     rows = [
-        (f"level {part.resolution}", digits(part), f"{part.nfe:.0f}", part.solver)
-        for part in result.levels
+        (f"level {part.resolution}", digits(part), f"{part.nfe:.0f}") for part in result.levels
     ]
     return Table(
-        ("", "bits/dim", "NFE", "solver"),
-        [*rows, ("together", digits(result), "", "")],
-        caption="Each level's share, in bits per dimension of the finest image",
+        ("", "bits/dim", "NFE"),
+        [*rows, ("together", digits(result), "")],
+        caption="Each level's share, in bits per dimension of the finest image, and how often its "
+        "network is evaluated for it",
         strong=[len(rows)],
-        words=[3],
     )
 
 
@@ -129,7 +128,8 @@ def _how(subject: Subject, result: Evaluation, named: bool) -> str:
     draws = "1 noise draw" if result.draws == 1 else f"{result.draws} noise draws"
     said = f"{subject.name}: " if named else ""
     said += (
-        f"{result.images:,} images of {result.data}, {draws} each; trace {result.trace}. Errors "
+        f"{result.images:,} images of {result.data}, {draws} each; solver "
+        f"{result.solver}; trace {result.trace}. Errors "
         f"are standard errors over {result.error_over}. The bits are an upper bound on −log₂ P "
         "per dimension."
     )
@@ -164,7 +164,7 @@ def _codecs(subjects: Sequence[Subject], missing: list[Block]) -> list[Block]:
             (name, *(f"{sizes[name, mosaic].bits_per_dim:.3f}" for mosaic in (False, True)))
             for name in formats
         ]
-        own = (subject.name, f"{subject.evaluation.bpd:.3f}", "")
+        own = ("this model's bound", f"{subject.evaluation.bpd:.3f}", "")
         blocks.append(
             Table(
                 ("", "a file each", "one mosaic of all"),
@@ -204,21 +204,21 @@ def training(subjects: Sequence[Subject]) -> list[Block]:
         for resolution, folder in checkpoint.find_levels(subject.run).items()
     }
     losses = _panels(subjects, lines, "loss", plot.draw_loss)
-    if losses:
-        caption = "Running mean of the training loss, level by level."
-        blocks.append(Chart(losses, caption, legend(subjects)))
-    else:
-        blocks.append(Text("There is no loss to show: no level has a metrics.jsonl.", aside=True))
     curves = _panels(subjects, lines, "test_bpd", _draw_band)
-    if curves:
-        caption = (
-            "Bits/dim on test images while training, each level's share, with the averaged "
-            "weights; the band is one standard error over images."
-        )
-        blocks.append(Chart(curves, caption, legend(subjects)))
-    else:
-        words = "There is no curve of test bits: train with train.evaluate_every=500 to have one."
-        blocks.append(Text(words, aside=True))
+    pairs = [(losses.get(level), curves.get(level)) for level in resolutions(subjects)]
+    if panels := [panel for pair in pairs for panel in pair if panel]:
+        caption = "Against wall-clock time: the loss, as a running mean"
+        if curves:
+            caption += (
+                "; and each level's share of the bits/dim on test images, by the averaged weights, "
+                "with a band of one standard error over images"
+            )
+        blocks.append(Chart(panels, f"{caption}.", legend(subjects)))
+    if not losses:
+        blocks.append(Text("There is no loss to show: no level has a metrics.jsonl.", aside=True))
+    if not curves:
+        why = "There is no curve of test bits: train with train.evaluate_every=500 to have one."
+        blocks.append(Text(why, aside=True))
     return blocks
 
 
@@ -247,10 +247,10 @@ def _panels(
     lines: dict[tuple[int, int], list[dict[str, float]]],
     key: str,
     draw: Callable[..., object],
-) -> list[str]:
+) -> dict[int, str]:
     """A panel for each level that has values of the key, a line for each run."""
-    panels = []
-    up = {"loss": "loss", "test_bpd": "share of the bits/dim"}[key]
+    panels = {}
+    what, up = {"loss": ("loss", "loss"), "test_bpd": ("test images", "bits/dim")}[key]
     for resolution in resolutions(subjects):
         shown = [
             (subject, rows)
@@ -268,9 +268,11 @@ def _panels(
             f"{subject.name} ends at {rows[-1][key]:.3f} after {rows[-1]['seconds'] / 60:.1f} min"
             for subject, rows in shown
         )
-        alt = f"{up} of level {resolution} against training time: {ends}"
-        title = f"level {resolution}"
-        panels.append(inline.panel(paint, alt, title=title, across=plot.TRAINING_TIME, up=up))
+        title = f"level {resolution}, {what}"
+        alt = f"{title}: {up} against training time; {ends}"
+        panels[resolution] = inline.panel(
+            paint, alt, title=title, across=plot.TRAINING_TIME, up=up
+        )
     return panels
 
 
@@ -339,8 +341,8 @@ def _extremes(subject: Subject, values: Tensor, named: bool) -> list[Block]:
     """The most and the least likely test images, of all levels and of each."""
     images = subject.measured
     blocks: list[Block] = []
-    shown = min(EXTREMES, subject.columns, len(images))
-    whose = f"{subject.name}, " if named else ""
+    shown = max(1, min(EXTREMES, subject.columns, len(images) // 2))
+    whose = f"{subject.name}, " if named else "By "
     parts = {"all levels": values.sum(0)}
     if not named and len(values) > 1:
         parts |= {f"level {r}": v for r, v in zip(subject.model.resolutions, values, strict=True)}
@@ -349,9 +351,9 @@ def _extremes(subject: Subject, values: Tensor, named: bool) -> list[Block]:
         ends = torch.cat((order[:shown], order[-shown:].flip(0)))
         most, least = own[order[:shown]], own[order[-shown:]]
         caption = (
-            f"{whose}{title}: above the {shown} most likely of {len(own):,} test images "
-            f"({most[0]:.2f} to {most[-1]:.2f} bits/dim), below the {shown} least likely "
-            f"({least[-1]:.2f} to {least[0]:.2f})."
+            f"{whose}{title}. Above: the {shown} most likely of {len(own):,} test images, "
+            f"{most[0]:.2f} to {most[-1]:.2f} bits/dim. Below: the {shown} least likely, "
+            f"{least[-1]:.2f} to {least[0]:.2f}."
         )
         alt = f"Two rows of {shown} test images: the most likely by {title}, and the least likely"
         blocks.append(Picture(images[ends], shown, alt, caption))

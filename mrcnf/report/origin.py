@@ -20,29 +20,35 @@ def configuration(subjects: Sequence[Subject]) -> list[Block]:
     """What differs from the defaults, or between the runs; and every value, folded away."""
     blocks: list[Block] = [_differences(subjects)] if len(subjects) > 1 else []
     for subject in subjects:
+        read, folded = {}, []
         for resolution, folder in checkpoint.find_levels(subject.run).items():
             path = folder / checkpoint.CONFIG
             if not path.is_file():
                 blocks.append(Text(f"Level {resolution} has no {checkpoint.CONFIG}.", aside=True))
                 continue
-            if len(subjects) == 1:
-                blocks.append(_own_settings(resolution, config.load(path)))
+            read[resolution] = dict(compare.dotted(config.to_table(config.load(path))))
             whose = f"{subject.name}, level" if len(subjects) > 1 else "Level"
-            blocks.append(Code(path.read_text(), f"{whose} {resolution}: every setting"))
+            folded.append(Code(path.read_text(), f"{whose} {resolution}: every setting"))
+        if len(subjects) == 1 and read:
+            blocks.append(_own_settings(read))
+        blocks += folded
     return blocks
 
 
-def _own_settings(resolution: int, settings: Config) -> Table:
-    ours, defaults = (
-        dict(compare.dotted(config.to_table(given))) for given in (settings, Config())
-    )
+def _own_settings(read: dict[int, dict[str, Any]]) -> Table:
+    """Settings of any level that are not the defaults, a column for each level."""
+    defaults = dict(compare.dotted(config.to_table(Config())))
+    keys = [key for key in next(iter(read.values())) if key != "name"]
     rows = [
-        (key, _value(value), _value(defaults.get(key)))
-        for key, value in ours.items()
-        if value != defaults.get(key) and key != "name"
+        (key, *(_value(settings.get(key)) for settings in read.values()), _value(defaults.get(key)))
+        for key in keys
+        if any(settings.get(key) != defaults.get(key) for settings in read.values())
     ]
-    title = f"Level {resolution}: settings that are not the defaults"
-    return Table(("", "value", "default"), rows, caption=title, words=[1, 2])
+    return Table(
+        ("", *(f"level {resolution}" for resolution in read), "default"),
+        rows,
+        caption="Settings that are not the defaults",
+    )
 
 
 def _differences(subjects: Sequence[Subject]) -> Block:
@@ -79,15 +85,12 @@ def provenance(subjects: Sequence[Subject], page: str) -> list[Block]:
     Args:
         page: the command line of the page itself.
     """
-    rows: list[Sequence[str]] = []
-    for subject in subjects:
-        rows += _data(subject)
     blocks: list[Block] = [
         Table(
-            ("", "images", "sha256 of shape and pixels"),
-            rows,
-            words=[2],
-            caption="The images: what training noted, and what is at hand",
+            ("", "", "sha256 of shape and pixels"),
+            [row for subject in subjects for row in _data(subject, len(subjects) > 1)],
+            words=[1, 2],
+            caption="The images that training noted, and those that are at hand now",
         )
     ]
     missing: list[Block] = []
@@ -110,41 +113,31 @@ def provenance(subjects: Sequence[Subject], page: str) -> list[Block]:
     return blocks
 
 
-def _data(subject: Subject) -> list[Sequence[str]]:
+def _data(subject: Subject, named: bool) -> list[Sequence[str]]:
+    whose = f"{subject.name}, " if named else ""
     trained: dict[tuple[str, str], list[str]] = {}
     for resolution, level in subject.levels.items():
         trained.setdefault((level["data_name"], level["data"]), []).append(str(resolution))
     rows: list[Sequence[str]] = [
-        (f"{subject.name}, trained levels {', '.join(levels)}", name, digest)
+        (f"{whose}trained level {', '.join(levels)}", name, digest)
         for (name, digest), levels in trained.items()
     ]
-    for (_, images), what in (
-        *((found, "test") for found in of_each([subject], lambda s: s.test, [])),
-        *((found, "training") for found in of_each([subject], lambda s: s.training, [])),
-    ):
-        first = "the first " if what == "training" and len(images) == _most(subject) else ""
-        rows.append(
-            (f"{subject.name}, {what} images at hand",
-             f"{first}{len(images):,} of {images.name}", images.sha256)
-        )  # fmt: skip
+    for what in ("test", "training"):
+        for _, images in of_each([subject], attrgetter(what), []):
+            count = f"{len(images):,} of {images.name}"
+            rows.append((f"{whose}{what} images at hand", count, images.sha256))
     return rows
 
 
-def _most(subject: Subject) -> int:
-    return subject.limits.training_images
-
-
 def _versions(subjects: Sequence[Subject]) -> Table:
+    """Of the page, and of each training that noted its own."""
     now = runtime.versions()
-    then = {
-        f"{subject.name}, level {resolution}": level.get("versions", {})
-        for subject in subjects
-        for resolution, level in subject.levels.items()
-    }
-    names = list(now)
-    rows = [("this page", *now.values())]
-    rows += [
-        (f"training of {what}", *(found.get(name, "not noted") for name in names))
-        for what, found in then.items()
-    ]
-    return Table(("", *names), rows, caption="Versions")
+    then: dict[tuple[str, ...], list[str]] = {}
+    for subject in subjects:
+        for resolution, level in subject.levels.items():
+            found = level.get("versions", {})
+            key = tuple(found.get(name, "not noted") for name in now)
+            whose = f"{subject.name}, " if len(subjects) > 1 else ""
+            then.setdefault(key, []).append(f"{whose}level {resolution}")
+    rows = [(f"training of {', '.join(what)}", *found) for found, what in then.items()]
+    return Table(("", *now), [("this page", *now.values()), *rows], caption="Versions")

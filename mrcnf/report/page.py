@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from mrcnf import files
 from mrcnf.errors import UserError
-from mrcnf.measure.evaluate import Evaluation
 from mrcnf.report import compare, numbers, origin, pictures
 from mrcnf.report.document import Block, Page, Section, render
 from mrcnf.report.subject import Limits, Subject
@@ -26,36 +25,21 @@ def check_page(path: Path) -> None:
 
 
 def report(
-    run: Path,
-    out: Path,
-    *,
-    limits: Limits | None = None,
-    overrides: Sequence[str] = (),
-    evaluation: Evaluation | None = None,
-    command: str = "",
-    progress: bool = False,
-) -> Page:
-    """Write a page about one run, and return what it says.
+    subject: Subject, out: Path, *, command: str = "", facts: Sequence[tuple[str, str]] = ()
+) -> None:
+    """Write a page about one run.
 
     Args:
-        run: a run folder with at least one trained level.
+        subject: the run, with how much work is to be done.
         out: the HTML file.
-        limits: how much work to do.
-        overrides: settings of data, evaluate, solver and trace, `section.key=value`.
-        evaluation: of the run's test images, if that has been done; otherwise it is done here.
         command: what makes the page again; `mrcnf report` by default.
-        progress: show a bar on stderr.
+        facts: names and values to stand in its header beside the usual ones.
 
     Raises:
-        UserError: there is no such run, no such settings, or the page cannot be written. What a
-            run lacks for a section the section says.
+        UserError: the page cannot be written. What a run lacks for a section the section says.
     """
     check_page(out)
-    subject = Subject(
-        run, limits=limits, overrides=overrides, evaluation=evaluation, progress=progress
-    )
-    command = command or _command("report", [subject], out)
-    sections = _sections([subject], command, progress)
+    sections = _sections([subject], command or _command("report", [subject], out))
     number = numbers.digits(subject.evaluation) if numbers.has_bits(subject) else ""
     page = Page(
         title=subject.name,
@@ -63,12 +47,11 @@ def report(
         number=number,
         unit="bits/dim" if number else "",
         about=_about(subject) if number else "",
-        facts=_facts(subject),
-        notes=[f"Not finished: {note}." for note in checkpoint.unfinished(run)],
+        facts=[*_facts(subject), *facts],
+        notes=[f"Not finished: {note}." for note in checkpoint.unfinished(subject.run)],
         sections=sections,
     )
     files.write(out, render(page))
-    return page
 
 
 def beside(
@@ -78,11 +61,17 @@ def beside(
     limits: Limits | None = None,
     overrides: Sequence[str] = (),
     progress: bool = False,
-) -> Page:
-    """Write a page of several runs side by side, a colour for each; as `report` otherwise.
+) -> None:
+    """Write a page of several runs side by side, a colour for each.
+
+    Args:
+        runs: run folders, each with at least one trained level.
+        out: the HTML file.
+        limits, overrides, progress: as `Subject` takes them, for every run.
 
     Raises:
-        UserError: as `report`; or no runs, or one of them twice.
+        UserError: no runs, one of them twice, no such run or settings, or the page cannot be
+            written.
     """
     check_page(out)
     if not runs:
@@ -93,7 +82,7 @@ def beside(
         Subject(run, number, name, limits, overrides, progress=progress)
         for number, (run, name) in enumerate(zip(runs, compare.labels(runs), strict=True))
     ]
-    sections = _sections(subjects, _command("compare", subjects, out), progress)
+    sections = _sections(subjects, _command("compare", subjects, out))
     measured = [subject for subject in subjects if numbers.has_bits(subject)]
     page = Page(
         title=" · ".join(subject.name for subject in subjects),
@@ -107,10 +96,9 @@ def beside(
         sections=sections,
     )
     files.write(out, render(page))
-    return page
 
 
-def _sections(subjects: list[Subject], command: str, progress: bool) -> list[Section]:
+def _sections(subjects: list[Subject], command: str) -> list[Section]:
     builders: dict[str, Callable[[list[Subject]], list[Block]]] = {
         "Bits per dimension": numbers.bits,
         "Training": numbers.training,
@@ -122,7 +110,8 @@ def _sections(subjects: list[Subject], command: str, progress: bool) -> list[Sec
         "Provenance": lambda subjects: origin.provenance(subjects, command),
     }
     sections = []
-    with tqdm(builders.items(), desc="page", unit="section", disable=not progress) as bar:
+    quiet = not subjects[0].progress
+    with tqdm(builders.items(), desc="page", unit="section", disable=quiet) as bar:
         for title, build in bar:
             bar.set_postfix_str(title)
             sections.append(Section(title, build(subjects)))

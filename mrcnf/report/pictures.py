@@ -91,7 +91,7 @@ def _upscaling(subject: Subject, one: Enlarged, named: bool) -> Picture:
         f"{count} test images at {one.level}×{one.level} pixels, {len(one.draws)} images of "
         f"{side}×{side} that {subject.name} draws for each, and the image itself",
         f"{whose} {one.level}×{one.level} to {side}×{side}, the {count} test images that vary "
-        "most; every draw averages to its input.",
+        "most; every draw averages to its input, up to rounding.",
         heads,
     )
 

@@ -24,7 +24,7 @@ from mrcnf.runs import checkpoint, config
 from mrcnf.runs.extend import finest_config
 from mrcnf.runs.images import open_images
 
-TEMPERATURES = (1.0, 0.85, 0.7)
+TEMPERATURES = (1.0, 0.9, 0.8)
 """Standard deviations of the latent noise that samples are shown of."""
 CONVERGENCE = 32
 """Test images that are solved again with twice the steps."""
@@ -50,8 +50,8 @@ class Limits:
     def __post_init__(self) -> None:
         if self.images < 0 or self.images == 1 or self.training_images < 0:
             raise UserError(
-                f"--images {self.images} --training-images {self.training_images}: take at least "
-                "2 test images, or 0 for all, and 0 or more training images"
+                f"{self.images} test and {self.training_images} training images cannot be taken: "
+                "give at least 2 test images, and 1 training image, or 0 for all"
             )
 
 
@@ -80,7 +80,6 @@ class Subject:
         name: what it is called there.
         limits: how much work to do.
         overrides: settings of data, evaluate, solver and trace, `section.key=value`.
-        evaluation: of all the run's test images, if that has been done.
         progress: show a bar on stderr while measuring.
 
     Raises:
@@ -94,7 +93,6 @@ class Subject:
         name: str = "",
         limits: Limits | None = None,
         overrides: Sequence[str] = (),
-        evaluation: evaluate.Evaluation | None = None,
         progress: bool = False,
     ) -> None:
         self.run, self.number, self.name = Path(run), number, name or Path(run).resolve().name
@@ -102,7 +100,7 @@ class Subject:
         evaluate.set_solvers((), config.override({}, overrides))
         self.levels = checkpoint.describe(run)
         self.settings = finest_config(run, overrides)
-        self.evaluated, self.progress = evaluation, progress
+        self.progress = progress
         self._kept: dict[str, Any] = {}
 
     def _once(self, what: str, make: Callable[[], T]) -> T:
@@ -154,8 +152,6 @@ class Subject:
         return self._once("evaluation", self._evaluate)
 
     def _evaluate(self) -> evaluate.Evaluation:
-        if self.evaluated is not None:
-            return self.evaluated
         how = dataclasses.asdict(self.settings.evaluate) | {"limit": self.limits.images}
         result = evaluate.evaluate(self.model, self.test, **how, progress=self.progress)
         if any(level.flow.solved for level in self.model):
