@@ -20,6 +20,7 @@ COLUMN = 680
 """Width of a page's column in CSS pixels, which pictures fill as far as whole zooms go."""
 PANEL = 3.3, 2.3
 """Width and height of a panel in inches: two beside each other fill the column, one a phone."""
+_MARGINS = {"left": 0.18, "right": 0.98, "bottom": 0.2, "top": 0.9}
 _INK = "#010203"  # stands for the colour of the page's text while matplotlib draws
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "mrcnf",
@@ -47,7 +48,8 @@ def panel(paint: Callable[[Any], None], alt: str, *, title: str, across: str, up
 
     buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE):
-        figure, axis = pyplot.subplots(figsize=PANEL, layout="constrained")
+        # Margins of their own would take most of the time.
+        figure, axis = pyplot.subplots(figsize=PANEL, gridspec_kw=_MARGINS)
         paint(axis)
         axis.set_title(title, loc="left", fontweight="bold")
         axis.set_xlabel(across)

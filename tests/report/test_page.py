@@ -131,13 +131,13 @@ def test_a_run_whose_images_are_not_at_hand_says_so(runs, tmp_path):
     assert "samples at temperature 0.9" in reader.section("Samples")
 
 
-def test_a_run_that_lacks_a_level_still_has_its_curves(runs, tmp_path):
+def test_a_run_that_lacks_a_level_and_its_log_says_so(runs, tmp_path):
     run = shutil.copytree(runs[0], tmp_path / "run")
-    shutil.rmtree(run / "level-4")
-    (run / "level-2/metrics.jsonl").unlink()
+    shutil.rmtree(run / "level-2")
+    (run / "level-4/metrics.jsonl").unlink()
     page.report(Subject(run, limits=FEW), tmp_path / "page.html")
     reader = read_page(tmp_path / "page.html")
-    assert "Not finished: level 4 is not trained yet." in [p.inside for p in reader.all("p")]
+    assert "Not finished: level 2 is not trained yet." in [p.inside for p in reader.all("p")]
     assert "train the missing ones" in reader.section("Samples")
     assert "no level has a metrics.jsonl" in reader.section("Training")
 
@@ -157,6 +157,7 @@ def test_what_a_page_cannot_be_told_is_refused(runs, tmp_path, monkeypatch, argu
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_runs_side_by_side(runs, tmp_path, capsys):
     out = tmp_path / "both.html"
     options = ["--images", "6", "--training-images", "40", "--device", "cpu"]
@@ -184,6 +185,7 @@ def test_a_run_is_compared_with_others_only(runs, tmp_path):
         page.beside([], tmp_path / "page.html")
 
 
+@pytest.mark.slow
 def test_a_model_of_one_level_and_of_no_solver_has_a_page(tmp_path):
     """And of colour."""
     settings = tiny(
