@@ -15,7 +15,7 @@ from mrcnf.measure.classical import available, classical_sizes
 from mrcnf.measure.evaluate import Evaluation, LevelReport, mean_and_error
 from mrcnf.report import inline, plot
 from mrcnf.report.document import Block, Chart, Code, Picture, Swatch, Table, Text
-from mrcnf.report.subject import Subject
+from mrcnf.report.subject import CONVERGENCE, Subject
 from mrcnf.runs import checkpoint, metrics
 
 SECTIONS = ("data", "evaluate", "solver", "trace")
@@ -74,7 +74,7 @@ def bits(subjects: Sequence[Subject]) -> list[Block]:
         blocks += [_by_level(result) for _, result in found]
     elif found:
         blocks.append(_side_by_side(found))
-    blocks += [Text(_how(subject, result, len(subjects) > 1)) for subject, result in found]
+    blocks += [Text(words) for words in _hows(found, len(subjects) == 1)]
     if found:
         blocks.append(Code("\n".join(_evaluate_command(s, result) for s, result in found)))
         blocks += _codecs(subjects, missing)
@@ -107,14 +107,16 @@ def _side_by_side(found: Sequence[tuple[Subject, Evaluation]]) -> Table:
             groups = subject.test.groups
             mean, error = mean_and_error(change, None if groups is None else groups[: len(change)])
             difference = f"{mean:+.3f} ± {error:.3f}"
-        total = (subject.name, digits(result), difference, f"{result.images:,}", result.data)
-        rows.append([*total, *(shares.get(level, "") for level in levels)])
-    head = ["", "bits/dim", f"minus {first.name}", "images", "of"]
+        total = (subject.name, digits(result), difference)
+        own = (shares.get(level, "") for level in levels)
+        rows.append([*total, *own, _finer(result).removesuffix(" bits/dim")])
+    head = ["", "bits/dim", f"minus {first.name}", *(f"level {level}" for level in levels)]
     return Table(
-        [*head, *(f"level {level}" for level in levels)],
+        [*head, "solved finer"],
         rows,
-        caption="Bits per dimension, and each level's share of them. Differences are taken image "
-        "by image, with the same noise, where the test images are the same",
+        caption="Bits per dimension, and each level's share of them; differences image by image, "
+        "with the same noise, where the test images are the same; and what solving the first "
+        f"{CONVERGENCE} images or fewer more finely adds",
         swatches=[swatch(subject) for subject, _ in found],
     )
 
@@ -124,23 +126,40 @@ def _alike(one: Subject, result: Evaluation, other: Subject, base: Evaluation) -
     return same and bool(result.bits.numel()) and bool(base.bits.numel())
 
 
-def _how(subject: Subject, result: Evaluation, named: bool) -> str:
+def _hows(found: Sequence[tuple[Subject, Evaluation]], alone: bool) -> list[str]:
+    """How bits were measured, and of which runs where it is not the same of all."""
+    if alone:
+        return [f"{_how(result)} {_convergence(result)}" for _, result in found]
+    said: dict[str, list[str]] = {}
+    for subject, result in found:
+        said.setdefault(_how(result), []).append(subject.name)
+    if len(said) == 1:
+        return list(said)
+    return [f"{', '.join(names)}: {words}" for words, names in said.items()]
+
+
+def _how(result: Evaluation) -> str:
     draws = "1 noise draw" if result.draws == 1 else f"{result.draws} noise draws"
-    said = f"{subject.name}: " if named else ""
-    said += (
-        f"{result.images:,} images of {result.data}, {draws} each; solver "
-        f"{result.solver}; trace {result.trace}. Errors "
-        f"are standard errors over {result.error_over}. The bits are an upper bound on −log₂ P "
-        "per dimension."
-    )
-    if not result.convergence:
-        solved = any(level.flow.solved for level in subject.model)
-        return said if solved else f"{said} No level has a solver: the digits do not depend on one."
-    step = result.convergence[-1]
     return (
-        f"{said} With {step['solver']} the first {step['images']} images change by "
-        f"{step['difference']:+.4f} ± {step['difference_stderr']:.4f} bits/dim."
+        f"{result.images:,} images of {result.data}, {draws} each; solver {result.solver}; trace "
+        f"{result.trace}. Errors are standard errors over {result.error_over}. The bits are an "
+        "upper bound on −log₂ P per dimension."
     )
+
+
+def _convergence(result: Evaluation) -> str:
+    if not result.convergence:
+        return "No level has a solver: the digits do not depend on one."
+    step = result.convergence[-1]
+    return f"With {step['solver']} the first {step['images']} images change by {_finer(result)}."
+
+
+def _finer(result: Evaluation) -> str:
+    """What solving more finely changes, or nothing where there is nothing to solve."""
+    if not result.convergence:
+        return ""
+    step = result.convergence[-1]
+    return f"{step['difference']:+.4f} ± {step['difference_stderr']:.4f} bits/dim"
 
 
 def _evaluate_command(subject: Subject, result: Evaluation) -> str:

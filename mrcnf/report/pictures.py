@@ -37,13 +37,10 @@ def samples(subjects: Sequence[Subject]) -> list[Block]:
     if shown:
         words = "Every temperature has the same noise. More of them, and others:"
         blocks.append(Text(words if alone else "The same seed for every run. More of them:"))
-        blocks.append(Code("\n".join(_sample_command(subject) for subject in shown)))
+        colder = ("--temperature", TEMPERATURES[1]) if alone else ()
+        options = ("--n", 64, *colder, "--out", "grid.png")
+        blocks.append(Code("\n".join(command(s, "sample", *options) for s in shown)))
     return [*blocks, *missing]
-
-
-def _sample_command(subject: Subject) -> str:
-    temperature = TEMPERATURES[1]
-    return command(subject, "sample", "--n", 64, "--temperature", temperature, "--out", "grid.png")
 
 
 def _levels(subject: Subject) -> list[Block]:

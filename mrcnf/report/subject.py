@@ -156,8 +156,8 @@ class Subject:
         result = evaluate.evaluate(self.model, self.test, **how, progress=self.progress)
         if any(level.flow.solved for level in self.model):
             result.convergence = evaluate.convergence(
-                self.model, self.test, limit=CONVERGENCE, batch=how["batch"], seed=how["seed"],
-                refinements=1,
+                self.model, self.test, limit=min(CONVERGENCE, self.limits.images or CONVERGENCE),
+                batch=how["batch"], seed=how["seed"], refinements=1,
             )  # fmt: skip
         return result
 

@@ -265,7 +265,7 @@ def test_temperatures_are_by_level():
 def test_samples_come_with_those_that_they_grew_from():
     model = build((1, 2, 4))
     drawn = model.sample_levels(3, temperature=0.1, generator=seeded())
-    assert {r: tuple(x.shape) for r, x in drawn.items()} == {r: (3, 3, r, r) for r in (1, 2, 4)}
+    assert {r: tuple(x.shape) for r, x in drawn.items()} == {r: (3, 1, r, r) for r in (1, 2, 4)}
     assert torch.equal(drawn[4], model.sample(3, temperature=0.1, generator=seeded()))
     for fine, coarse in ((4, 2), (2, 1)):
         means = torch.nn.functional.avg_pool2d(drawn[fine].double(), 2)

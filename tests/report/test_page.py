@@ -138,7 +138,7 @@ def test_a_run_that_lacks_a_level_and_its_log_says_so(runs, tmp_path):
     page.report(Subject(run, limits=FEW), tmp_path / "page.html")
     reader = read_page(tmp_path / "page.html")
     assert "Not finished: level 2 is not trained yet." in [p.inside for p in reader.all("p")]
-    assert "train the missing ones" in reader.section("Samples")
+    assert "level 2 is missing" in reader.section("Samples")
     assert "no level has a metrics.jsonl" in reader.section("Training")
 
 
