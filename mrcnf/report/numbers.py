@@ -122,8 +122,10 @@ def _side_by_side(found: Sequence[tuple[Subject, Evaluation]]) -> Table:
 
 
 def _alike(one: Subject, result: Evaluation, other: Subject, base: Evaluation) -> bool:
-    same = one.test_data == other.test_data and result.images == base.images
-    return same and bool(result.bits.numel()) and bool(base.bits.numel())
+    """Whether two runs were measured on the same images with the same noise."""
+    how, otherwise = one.settings.evaluate, other.settings.evaluate
+    noise = (how.seed, how.batch, how.draws) == (otherwise.seed, otherwise.batch, otherwise.draws)
+    return noise and result.images == base.images and one.test_data == other.test_data
 
 
 def _hows(found: Sequence[tuple[Subject, Evaluation]], alone: bool) -> list[str]:
@@ -140,8 +142,9 @@ def _hows(found: Sequence[tuple[Subject, Evaluation]], alone: bool) -> list[str]
 
 def _how(result: Evaluation) -> str:
     draws = "1 noise draw" if result.draws == 1 else f"{result.draws} noise draws"
+    solver = result.solver if result.solver.startswith("no ") else f"solver {result.solver}"
     return (
-        f"{result.images:,} images of {result.data}, {draws} each; solver {result.solver}; trace "
+        f"{result.images:,} images of {result.data}, {draws} each; {solver}; trace "
         f"{result.trace}. Errors are standard errors over {result.error_over}. The bits are an "
         "upper bound on −log₂ P per dimension."
     )
@@ -194,7 +197,7 @@ def _codecs(subjects: Sequence[Subject], missing: list[Block]) -> list[Block]:
             )
         )
     if left_out and blocks:
-        blocks.append(Text(f"{left_out}.", aside=True))
+        blocks.append(Text(f"{left_out}."))
     return blocks
 
 
@@ -307,11 +310,7 @@ def _draw_band(axis, rows: Sequence[dict[str, float]], **style: str) -> None:  #
 def likelihoods(subjects: Sequence[Subject]) -> list[Block]:
     """Bits per dimension image by image, level by level; the most and the least likely images."""
     missing: list[Block] = []
-    found = [
-        (subject, result.bits)
-        for subject, result in of_each(subjects, lambda subject: subject.evaluation, missing)
-        if result.bits.numel()
-    ]
+    found = list(of_each(subjects, lambda subject: subject.evaluation.bits, missing))
     blocks: list[Block] = []
     if found:
         panels = [_histogram("all levels", [(s, values.sum(0)) for s, values in found])]

@@ -87,8 +87,8 @@ def _upscaling(subject: Subject, one: Enlarged, named: bool) -> Picture:
         len(heads),
         f"{count} test images at {one.level}×{one.level} pixels, {len(one.draws)} images of "
         f"{side}×{side} that {subject.name} draws for each, and the image itself",
-        f"{whose} {one.level}×{one.level} to {side}×{side}, the {count} test images that vary "
-        "most; every draw averages to its input, up to rounding.",
+        f"{whose} {one.level}×{one.level} to {side}×{side}: of the first {one.among:,} test images "
+        f"the {count} that vary most. Every draw averages to its input, up to rounding.",
         heads,
     )
 

@@ -66,6 +66,8 @@ class Enlarged:
     """uint8 (K, N, C, H, W)."""
     truth: Tensor
     """uint8 (N, C, H, W)."""
+    among: int
+    """Test images of which these vary most, the first ones."""
 
 
 class Subject:
@@ -185,7 +187,7 @@ class Subject:
 
     @property
     def upscaled(self) -> list[Enlarged]:
-        """The busiest test images, from the size of every level below the finest."""
+        """The busiest of the test images that are measured, from the size of every lower level."""
         return self._once("upscaled", self._upscale)
 
     def _upscale(self) -> list[Enlarged]:
@@ -193,12 +195,13 @@ class Subject:
         *lower, finest = model.resolutions
         if not lower:
             raise UserError(f"the model has the level {finest} alone, nothing to upscale from")
-        truth = self.test.pixels[busiest(self.test.pixels, UPSCALED)]
+        among = self.test.pixels[: self.limits.images or None]
+        truth = among[busiest(among, UPSCALED)]
         generator, found = seeds.generator(0, model.device), []
         for level in lower:
             inputs = average(truth, level, level)
             draws = [model.upscale(inputs, level, generator=generator).cpu() for _ in range(DRAWS)]
-            found.append(Enlarged(level, inputs, torch.stack(draws), truth))
+            found.append(Enlarged(level, inputs, torch.stack(draws), truth, len(among)))
         return found
 
     @property
