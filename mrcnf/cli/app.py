@@ -16,7 +16,7 @@ import tyro
 
 from mrcnf.cli.coding import compress, decompress
 from mrcnf.cli.data import new, pack
-from mrcnf.cli.looking import check, compare, entropy, info
+from mrcnf.cli.looking import check, compare, entropy, info, report
 from mrcnf.cli.training import assemble, calibrate, demo, extend, train
 from mrcnf.cli.trying import attack, ood
 from mrcnf.cli.using import evaluate, sample, upscale
@@ -27,7 +27,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
         demo, new, pack, train, extend, assemble, calibrate, evaluate, sample, upscale, compress,
-        decompress, info, compare, entropy, attack, ood, check,
+        decompress, info, report, compare, entropy, attack, ood, check,
     )
 }  # fmt: skip
 """By name, in the order of `mrcnf --help`. Each reads its arguments, calls the library, and

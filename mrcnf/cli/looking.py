@@ -1,4 +1,4 @@
-"""The commands that look at what is there: info, compare, entropy, check."""
+"""The commands that look at what is there: info, report, compare, entropy, check."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from mrcnf import files
 from mrcnf.cli.common import Overrides, Paths, Run
 from mrcnf.codec import container
-from mrcnf.data.imagefile import check_png
 from mrcnf.errors import UserError
 from mrcnf.measure import check as checks
 from mrcnf.measure.entropy import entropies, splitting
 from mrcnf.measure.evaluate import set_solvers
 from mrcnf.model.settings import FlowConfig
 from mrcnf.report import compare as comparison
-from mrcnf.report import plot
+from mrcnf.report import page, plot
+from mrcnf.report.subject import Limits, Subject
 from mrcnf.runs import checkpoint
 from mrcnf.runs.agreement import rebuilt
 from mrcnf.runs.config import override
@@ -46,15 +46,61 @@ def info(run: Run) -> None:
         )
 
 
-def compare(runs: Paths, out: Path | None = None) -> None:
+def report(
+    run: Run,
+    out: Path | None = None,
+    images: int = 256,
+    training_images: int = 50_000,
+    device: str = "auto",
+    overrides: Overrides = (),
+) -> None:
+    """One HTML page about a run: bits/dim, curves, samples, upscalings, neighbours, origin.
+
+    Args:
+        run: a run folder; sections for which it lacks something say so.
+        out: HTML file; RUN/report.html by default.
+        images: measure the first so many test images, 0 for all.
+        training_images: look for samples' neighbours among the first so many training images, 0
+            for all.
+        device: auto, cpu, cuda, cuda:N.
+        overrides: settings of data, evaluate, solver and trace, e.g. data.root=DIR.
+    """
+    target = run / "report.html" if out is None else out
+    limits = Limits(images, training_images, device)
+    page.check_page(target)
+    subject = Subject(run, limits=limits, overrides=overrides, progress=sys.stderr.isatty())
+    page.report(subject, target)
+    print(target)
+
+
+def compare(
+    runs: Paths,
+    out: Path | None = None,
+    images: int = 256,
+    training_images: int = 50_000,
+    device: str = "auto",
+    overrides: Overrides = (),
+) -> None:
     """A table of runs: how they differ, what they cost, and their bits/dim on test images.
 
     Args:
         runs: run folders, trained with train.evaluate_every for the bits/dim.
-        out: PNG file for the curves of bits/dim against training time.
+        out: HTML file for the runs side by side, as in `mrcnf report`; or PNG, PDF or SVG file for
+            the curves of bits/dim against training time alone.
+        images: for the page, measure the first so many test images, 0 for all.
+        training_images: for the page, look for neighbours among the first so many training images.
+        device: for the page: auto, cpu, cuda, cuda:N.
+        overrides: for the page: settings of data, evaluate, solver and trace.
     """
+    if out is not None and out.suffix.lower() not in (*page.SUFFIXES, *plot.FORMATS):
+        raise UserError(f"{out}: end the name in .html for a page, or in .png, .pdf or .svg")
     rows = comparison.compare(runs)
-    if out is not None:
+    if out is not None and out.suffix.lower() in page.SUFFIXES:
+        page.beside(
+            runs, out, limits=Limits(images, training_images, device), overrides=overrides,
+            progress=sys.stderr.isatty(),
+        )  # fmt: skip
+    elif out is not None:
         plot.bpd_curves(out, runs)
     print(comparison.table(rows))
 
@@ -76,13 +122,13 @@ def entropy(
         limit: use the first so many images, 0 for all.
         batch: images at once.
         json: file to write the numbers to.
-        out: PNG file for the figure, a panel for each split.
+        out: PNG, PDF or SVG file for the figure, a panel for each split.
         overrides: settings of data, solver and trace, section.key=value.
     """
     if not runs:
         raise UserError("no runs to look at; name at least one run folder")
     if out is not None:
-        check_png(out)
+        plot.check_figure(out)
     given = [f"data.name={dumps(data)}"] if data else []
     opened = []
     for run in runs:

@@ -15,7 +15,6 @@ from mrcnf.cli.common import Overrides, Run, note_unfinished, speaks
 from mrcnf.codec import pictures
 from mrcnf.data import datasets
 from mrcnf.data.datasets import Images
-from mrcnf.data.imagefile import check_png
 from mrcnf.errors import UserError
 from mrcnf.measure import attack as attacks
 from mrcnf.measure import ood as detection
@@ -23,6 +22,7 @@ from mrcnf.measure.evaluate import set_solvers
 from mrcnf.measure.robustness import robustness
 from mrcnf.model.settings import ModelConfig
 from mrcnf.report import plot
+from mrcnf.report.plot import check_figure
 from mrcnf.runs import checkpoint
 from mrcnf.runs import config as configuration
 from mrcnf.runs.extend import finest_config
@@ -70,12 +70,13 @@ def attack(
         seed: of starts, noise and probes.
         json: file to write the numbers to.
         save: NAME.npz for the attacked images; with several ε, NAME-eE.npz each.
-        plot: PNG file for bits/dim against the number of steps; attacks with fewer steps too.
+        plot: PNG, PDF or SVG file for bits/dim against the number of steps; attacks with fewer
+            steps too.
         device: auto, cpu, cuda, cuda:N.
         overrides: settings of data, solver and trace, section.key=value.
     """
     if plot is not None:
-        check_png(plot)
+        check_figure(plot)
     if save is not None and save.suffix != ".npz":
         raise UserError(f"{save}: attacked images are written as an archive; end the name in .npz")
     if limit < 0:
@@ -151,12 +152,12 @@ def ood(
         batch: images at once.
         seed: of noise, probes, images that are drawn, and resamples.
         json: file to write the numbers to.
-        plot: PNG file for histograms of the scores.
+        plot: PNG, PDF or SVG file for histograms of the scores.
         device: auto, cpu, cuda, cuda:N.
         overrides: settings of data, solver and trace, section.key=value.
     """
     if plot is not None:
-        check_png(plot)
+        check_figure(plot)
     if limit < 0 or min(draws, batch) < 1:
         raise UserError(
             f"draws {draws} and batch {batch} must be at least 1, and limit {limit} at least 0"

@@ -62,9 +62,14 @@ class Evaluation:
     number of images that it is of."""
     convergence: list[dict[str, Any]] = field(default_factory=list)
     """The same noise and probes on a subset, solved more and more finely."""
+    bits: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False, compare=False)
+    """Each level's share of the bits per dimension of each image, (levels, images), of few
+    steps where there is a correction; not in the JSON."""
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
+        table = asdict(self)
+        del table["bits"]
+        return json.dumps(table, indent=2)
 
     def __str__(self) -> str:
         total = f"{self.bpd:.4f} ± {self.bpd_stderr:.4f} bits/dim"
@@ -185,6 +190,7 @@ def evaluate(
         solver=_common(report.solver for report in reports),
         seconds=time.perf_counter() - started,
         corrected=corrected,
+        bits=bits,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mrcnf import runtime
 from mrcnf.errors import UserError
 from mrcnf.runs import checkpoint
 from mrcnf.runs.agreement import rebuilt
@@ -75,6 +76,7 @@ class State:
             "objective": self.config.train.objective,
             "data_name": self.config.data.name,
             "parameters": sum(p.numel() for p in update.parameters),
+            "versions": runtime.versions(),
         }
         weights = update.averaged_state()
         state, previous = self.folder / checkpoint.STATE, self.folder / checkpoint.PREVIOUS
