@@ -35,7 +35,8 @@ def info(run: Run) -> None:
         return
     for resolution, metadata in checkpoint.describe(run).items():
         weights = checkpoint.level_folder(run, resolution) / checkpoint.WEIGHTS
-        field = ", ".join(f"{key} {value}" for key, value in metadata["field"].items())
+        settings = metadata["field"].items()
+        field = ", ".join(f"{key} {value}" for key, value in settings if value != {})
         flow = rebuilt(FlowConfig, metadata.get("flow", {}), weights)
         print(
             f"level {resolution}: {metadata['parameters']:,} parameters ({flow}; field: {field}); "
@@ -66,6 +67,7 @@ def entropy(
     batch: int = 100,
     json: Path | None = None,
     out: Path | None = None,
+    trust: bool = False,
     overrides: Overrides = (),
 ) -> None:
     """What leaves split flows, and what stays: the entropy of every channel, on test images.
@@ -77,6 +79,7 @@ def entropy(
         batch: images at once.
         json: file to write the numbers to.
         out: PNG file for the figure, a panel for each split.
+        trust: run the code that the run names of its own, if it does: read it first.
         overrides: settings of data, solver and trace, section.key=value.
     """
     if not runs:
@@ -86,10 +89,11 @@ def entropy(
     given = [f"data.name={dumps(data)}"] if data else []
     opened = []
     for run in runs:
-        levels = splitting(checkpoint.load(run))
+        levels = splitting(checkpoint.load(run, trust=trust))
         set_solvers(levels, override({}, overrides))
         settings = finest_config(run, [*given, *overrides])
-        opened.append((levels, open_images(settings.data, levels[0].model, "test")))
+        images = open_images(settings.data, levels[0].model, "test", run=run, trust=trust)
+        opened.append((levels, images))
     found = []
     for run, (levels, images) in zip(runs, opened, strict=True):
         pixels = images.pixels[: limit or None]

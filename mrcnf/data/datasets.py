@@ -2,12 +2,15 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from mrcnf import plugins
 from mrcnf.data import published
 from mrcnf.data.formats import read_npz
 from mrcnf.data.imagefile import read_image
@@ -16,7 +19,7 @@ from mrcnf.errors import UserError
 
 SPLITS = ("train", "test", "val")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
-NAMES = ("photos", *published.PUBLISHED, "folder:PATH", "npz:PATH")
+NAMES = ("photos", *published.PUBLISHED, "folder:PATH", "npz:PATH", "MODULE:OBJECT of your own")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +48,7 @@ class Images:
 
 def load(
     name: str, split: str = "train", *, root: str | Path = "", resolution: int | None = None,
-    limit: int | None = None, download: bool = False,
+    limit: int | None = None, download: bool = False, options: Mapping[str, Any] | None = None,
 ) -> Images:
     """Reads one split, `train`, `test` or `val`, of a data set; `NAMES` lists the names.
 
@@ -59,6 +62,8 @@ def load(
     `npz:PATH`: a folder of train.npz, test.npz, val.npz; or one file, where a hash of the index, or
     of the photograph, makes one in ten `test`. Arrays: `images` or `data`, uint8 (N,H,W,C), (N,H,W)
     or (N,3·H·H), and possibly `photo` (N,), names or numbers that become `groups`.
+    `MODULE:OBJECT`: a function of your own, called as f(split, resolution, **options). It answers
+    Images, or uint8 (N,C,H,W) as a tensor or an array, at `resolution` or 2^k times as large.
 
     `root`: folder of the published files; by default $MRCNF_DATA, otherwise ./data.
     `resolution` (pixels): images 2^k times as large are averaged over 2^k×2^k pixels, rounding
@@ -89,6 +94,9 @@ def load(
     elif kind == "npz" and place:
         pixels, groups = _npz_split(path, split)
         pixels = halve(pixels[:limit], resolution, path)
+    elif plugins.is_own(name):
+        pixels, groups = _own(name, split, resolution, options or {})
+        pixels = halve(pixels[:limit], resolution, Path(name))
     else:
         raise UserError(f"data name '{name}' is unknown; choose one of {', '.join(NAMES)}")
     if not pixels.size:
@@ -156,6 +164,31 @@ def _folder(path: Path, split: str, resolution: int | None, limit: int | None) -
             raise UserError(f"{top}: {sizes}; give a resolution to make them alike")
     depth = max((len(i) for i in images), default=1)
     return np.array([np.broadcast_to(i, (depth, *i.shape[1:])) for i in images], np.uint8)
+
+
+def _own(
+    name: str, split: str, resolution: int | None, options: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The pixels, and groups if there are any, that a user's own function answers."""
+    found = plugins.call(name, "data.name", split, resolution, **options)
+    groups: torch.Tensor | None = None
+    if isinstance(found, Images):
+        groups, found = found.groups, found.pixels
+    pixels = found.cpu().numpy() if isinstance(found, torch.Tensor) else found
+    if not isinstance(pixels, np.ndarray):
+        raise UserError(
+            f"data.name '{name}' answers a {type(found).__name__}; Images, a tensor or an array "
+            "is needed"
+        )
+    if pixels.ndim != 4 or pixels.dtype != np.uint8 or pixels.shape[1] not in (1, 3):
+        raise UserError(
+            f"data.name '{name}' answers {pixels.dtype} of shape {pixels.shape}; uint8 "
+            "(N, C, H, W) is needed, C being 1 or 3"
+        )
+    if groups is not None and groups.shape != (len(pixels),):
+        raise UserError(f"data.name '{name}' answers groups of shape {tuple(groups.shape)} for "
+                        f"{len(pixels)} images")  # fmt: skip
+    return pixels, None if groups is None else groups.cpu().numpy()
 
 
 def _npz_split(path: Path, split: str) -> tuple[np.ndarray, np.ndarray | None]:

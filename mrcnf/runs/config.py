@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mrcnf import plugins
 from mrcnf.errors import UserError
 from mrcnf.flows.solve import Solver
 from mrcnf.flows.trace import Trace
@@ -157,7 +158,19 @@ def to_toml(config: Config) -> str:
     """The configuration as TOML, every value spelled out."""
     import tomli_w  # a machine that writes no runs may lack it
 
-    return tomli_w.dumps({key: value for key, value in to_table(config).items() if value != {}})
+    return tomli_w.dumps(_filled(to_table(config)))
+
+
+def own_names(config: Config) -> list[str]:
+    """What a level's configuration names of a user's own, see `plugins`."""
+    names = (config.data.name, config.flow.kind, config.field.kind, config.train.objective)
+    return [name for name in names if plugins.is_own(name)]
+
+
+def _filled(table: dict[str, Any]) -> dict[str, Any]:
+    """A table without the empty ones in it."""
+    whole = {k: _filled(v) if isinstance(v, dict) else v for k, v in table.items()}
+    return {key: value for key, value in whole.items() if value != {}}
 
 
 def _merge(table: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

@@ -57,7 +57,8 @@ def test_every_setting_is_spelled_out(tmp_path):
         if dataclasses.is_dataclass(value):
             assert f"[{section.name}]\n" in text
             for setting in dataclasses.fields(value):
-                assert f"\n{setting.name} = " in text
+                if getattr(value, setting.name) != {}:
+                    assert f"\n{setting.name} = " in text
 
 
 def test_a_level_has_its_own_settings():
