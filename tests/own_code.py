@@ -17,12 +17,13 @@ NUMBER = 3
 class Field(mrcnf.Field):
     def __init__(self, channels, coarse_channels, width=2):
         super().__init__()
-        self.first = nn.Conv2d(channels + coarse_channels, width, 3, padding=1)
+        self.first = nn.Conv2d(channels + coarse_channels + 1, width, 3, padding=1)
         self.last = nn.Conv2d(width, channels, 1)
 
     def value(self, t, y, context):
-        seen = y if context is None else torch.cat((y, context), 1)
-        return self.last(self.first(seen).tanh()) * (1 + t.reshape(-1, 1, 1, 1))
+        clock = t.reshape(-1, 1, 1, 1).expand(len(y), 1, *y.shape[2:])
+        seen = (y, clock) if context is None else (y, clock, context)
+        return self.last(nn.functional.silu(self.first(torch.cat(seen, 1))))
 
 
 class Narrow(mrcnf.Field):

@@ -28,6 +28,9 @@ from mrcnf.runs.settings import (
     TrainConfig,
 )
 
+_WITH_OPTIONS = {"data": "name", "flow": "kind", "field": "kind", "train": "objective"}
+"""Sections that can name an object of the user's own, and the settings that do."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -96,9 +99,12 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 def override(table: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """A copy of the table with `section.key=value` entries set; values as in TOML.
 
+    With a name of another object (`data.name`, `field.kind`, …), the options of the last one go.
+
     Raises:
         UserError: an assignment without "=".
     """
+    given: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
@@ -109,8 +115,15 @@ def override(table: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any
             value = text  # a bare word is a string
         for part in reversed(key.lstrip("-").split(".")):
             value = {part: value}
-        table = _merge(table, value)
-    return table
+        given = _merge(given, value)
+    changed = _merge(table, given)
+    for section, key in _WITH_OPTIONS.items():
+        old, new = table.get(section), given.get(section)
+        if not (isinstance(old, dict) and isinstance(new, dict)) or "options" not in old:
+            continue
+        if new.get(key, old.get(key)) != old.get(key):
+            changed[section]["options"] = new.get("options", {})
+    return changed
 
 
 def from_table(table: dict[str, Any], where: str = "configuration") -> Config:
@@ -163,7 +176,7 @@ def to_toml(config: Config) -> str:
 
 def own_names(config: Config) -> list[str]:
     """What a level's configuration names of a user's own, see `plugins`."""
-    names = (config.data.name, config.flow.kind, config.field.kind, config.train.objective)
+    names = (getattr(getattr(config, section), key) for section, key in _WITH_OPTIONS.items())
     return [name for name in names if plugins.is_own(name)]
 
 

@@ -116,8 +116,8 @@ class Watch:
     def samples(self, step: int, images: Tensor) -> None:
         """Write what the averaged weights draw from the same noise each time, a grid of images.
 
-        Of a level above the base, each has a row's third to itself: the coarse image of one of
-        `images`, what is drawn upon it, and the image.
+        Above the base they stand three by three: the coarse image of one of `images`, what is
+        drawn upon it, and the image itself.
 
         Args:
             images: uint8 (N, C, H, W), on the level's device, at the finest resolution.
