@@ -15,6 +15,7 @@ from mrcnf.measure import check as checks
 from mrcnf.measure.entropy import entropies, splitting
 from mrcnf.measure.evaluate import set_solvers
 from mrcnf.model.settings import FlowConfig
+from mrcnf.plugins import is_own
 from mrcnf.report import compare as comparison
 from mrcnf.report import plot
 from mrcnf.runs import checkpoint
@@ -35,8 +36,10 @@ def info(run: Run) -> None:
         return
     for resolution, metadata in checkpoint.describe(run).items():
         weights = checkpoint.level_folder(run, resolution) / checkpoint.WEIGHTS
-        settings = metadata["field"].items()
-        field = ", ".join(f"{key} {value}" for key, value in settings if value != {})
+        settings = {key: value for key, value in metadata["field"].items() if value != {}}
+        if is_own(settings["kind"]):  # the others are not told to it
+            settings = {k: v for k, v in settings.items() if k in ("kind", "blocks", "options")}
+        field = ", ".join(f"{key} {value}" for key, value in settings.items())
         flow = rebuilt(FlowConfig, metadata.get("flow", {}), weights)
         print(
             f"level {resolution}: {metadata['parameters']:,} parameters ({flow}; field: {field}); "

@@ -50,7 +50,8 @@ class Live:
         now = time.monotonic()
         if self.lines and (done == 1 or (news and now - self.spoke >= LINE_EVERY)):
             self.spoke = now
-            print(f"{self.name}: {done:.0%}, {said}, {self._time(now, done)}", file=sys.stderr)
+            left = self._time(now, done)
+            print(f"{self.name}: {int(100 * done)}%, {said}, {left}", file=sys.stderr)
 
     def _time(self, now: float, done: float) -> str:
         taken = now - self.began
