@@ -1,6 +1,7 @@
 """Measures one row of `architectures.sh`, part by part; what is measured already is left alone.
 
     python -m experiments.architectures RUN --root DIR [--parts bits cost codec ood attack]
+    python -m experiments.architectures RUN --root DIR --parts controls --transfer RUN
 
 RUN/measured.json holds a table per part, with numbers of each image, so that rows can be compared
 image by image. Every row has the same images and, pixel by pixel, the same noise. Times are of the
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,6 +32,7 @@ from mrcnf.measure import ood
 from mrcnf.measure.attack import attack, random_signs
 from mrcnf.measure.classical import bits_of_files
 from mrcnf.measure.evaluate import bits_by_level
+from mrcnf.measure.robustness import robustness
 from mrcnf.model.level import Level
 from mrcnf.model.model import MultiResolutionFlow
 from mrcnf.runs import checkpoint, config
@@ -39,37 +42,47 @@ TESTED, SCORED, CODED, SAMPLED = 500, 200, 20, 16
 ATTACKED, GRADIENTS, EPSILONS = 32, 10, (2, 8)
 FEWER, FEWER_ATTACKED = 10, 8
 """Steps of a continuous flow's solver where it is attacked or scored; images that are attacked."""
+CONTROLS, CONTROLS_EPSILON, CONTROLS_IMAGES, CONTROLS_FEWER = (1, 2, 4, 8, 16, 32, 64), 4, 16, 4
+"""What shows that the attack is one: numbers of steps, and images, fewer for continuous flows."""
+PATCHES = (1, 2, 4, 8, 16)
+"""Sides in pixels of what is shuffled, as in the appendix of arXiv 2106.08462."""
+PROGRESS = sys.stderr.isatty()
 Part = Callable[["Row"], dict[str, Any]]
 
 
 class Row:
     """A trained row, and the images that it is measured on."""
 
-    def __init__(self, run: Path, root: str) -> None:
-        self.run, self.root = run, root
+    def __init__(self, run: Path, root: str, transfer: Path | None = None) -> None:
+        self.run, self.root, self.transfer = run, root, transfer
         self.model: MultiResolutionFlow = mrcnf.load(run)
         self.test = mrcnf.data.load("cifar10", "test", root=root).pixels[:TESTED]
         self.solved = any(level.flow.solved for level in self.model)
 
     def coarsely(self) -> list[Level]:
         """The levels, those of continuous flows to be solved in `FEWER` steps from now on."""
-        for level in self.model:
-            level.solver = replace(level.solver, steps=FEWER)
-        return list(self.model)
+        return _coarsely(self.model)
+
+
+def _coarsely(model: MultiResolutionFlow) -> list[Level]:
+    for level in model:
+        level.solver = replace(level.solver, steps=FEWER)
+    return list(model)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--root", default="", help="where CIFAR-10 and CIFAR-100 are")
-    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=ALWAYS)
+    parser.add_argument("--transfer", type=Path, help="the run that `controls` attacks through too")
     options = parser.parse_args()
     path = options.run / "measured.json"
     for name in options.parts:
         if name in _measured(path):
             continue
         started = time.process_time()
-        table = PARTS[name](Row(options.run, options.root))
+        table = PARTS[name](Row(options.run, options.root, options.transfer))
         table["core_seconds"] = time.process_time() - started
         # Read again: other parts may be measured at the same time.
         files.write(path, json.dumps(_measured(path) | {name: table}, indent=1) + "\n")
@@ -83,7 +96,7 @@ def _measured(path: Path) -> dict[str, Any]:
 def bits(row: Row) -> dict[str, Any]:
     """Bits per dimension of each test image, and of each level's share."""
     started = time.process_time()
-    shares = bits_by_level(row.model, row.test)
+    shares = bits_by_level(row.model, row.test, progress=PROGRESS)
     seconds = time.process_time() - started
     return {
         "images": len(row.test),
@@ -144,9 +157,9 @@ def coded(row: Row) -> dict[str, Any]:
 
 def _file(model: MultiResolutionFlow, images: Tensor) -> dict[str, Any]:
     started = time.process_time()
-    result = codec.encode(model, images, verify=False)
+    result = codec.encode(model, images, verify=False, progress=PROGRESS)
     middle = time.process_time()
-    back = codec.decompress(model, result.data)
+    back = codec.decompress(model, result.data, progress=PROGRESS)
     seconds = middle - started, time.process_time() - middle
     same = all(torch.equal(a, b) for a, b in zip(back, images, strict=True))
     return result.table() | {
@@ -162,18 +175,20 @@ def outliers(row: Row) -> dict[str, Any]:
     Typical bits are the mean of the test images that are not scored.
     """
     levels, inside = row.coarsely(), row.test[:SCORED]
-    shares = bits_by_level(levels, row.test[: 2 * SCORED])
+    shares = bits_by_level(levels, row.test[: 2 * SCORED], progress=PROGRESS)
     typical = float(shares.sum(0)[SCORED:].mean())
     own = _scores(levels, inside, shares[:, :SCORED], typical)
+    fashion = mrcnf.data.load("fashion-mnist", "test", root=row.root, resolution=32).pixels
     others = {
         "CIFAR-100": mrcnf.data.load("cifar100", "test", root=row.root).pixels[:SCORED],
+        "Fashion-MNIST": fashion[:SCORED].expand(-1, 3, -1, -1),
         "constant": ood.constant(SCORED, 3, 32),
         "noise": ood.noise(SCORED, 3, 32),
-        "patches": ood.shuffled(inside, 4),
+        **{f"patches of {side}": ood.shuffled(inside, side) for side in PATCHES},
     }
     found: dict[str, Any] = {"images": SCORED, "typical": typical, "kinds": {}}
     for kind, images in others.items():
-        shares = bits_by_level(levels, images, seed=1)
+        shares = bits_by_level(levels, images, seed=1, progress=PROGRESS)
         scores = _scores(levels, images, shares, typical)
         found["kinds"][kind] = {
             "bits": float(shares.sum(0).mean()),
@@ -203,7 +218,9 @@ def attacked(row: Row) -> dict[str, Any]:
     found: dict[str, Any] = {"images": count, "steps": GRADIENTS, "epsilons": {}}
     found["natural"] = bits_by_level(levels, images).tolist()
     for epsilon in EPSILONS:
-        changed = attack(levels, images, epsilon=epsilon, steps=GRADIENTS).pixels
+        changed = attack(
+            levels, images, epsilon=epsilon, steps=GRADIENTS, progress=PROGRESS
+        ).pixels
         signs = random_signs(images, epsilon)
         found["epsilons"][str(epsilon)] = {
             "attacked": bits_by_level(levels, changed).tolist(),
@@ -213,9 +230,23 @@ def attacked(row: Row) -> dict[str, Any]:
     return found
 
 
+def controls(row: Row) -> dict[str, Any]:
+    """The attack with more and more steps, beside another row's; as `mrcnf attack` has it."""
+    levels, images = row.coarsely(), CONTROLS_FEWER if row.solved else CONTROLS_IMAGES
+    found = robustness(
+        levels, row.test[:images], (CONTROLS_EPSILON,), steps=CONTROLS[-1], budgets=CONTROLS,
+        transfer=None if row.transfer is None else _coarsely(mrcnf.load(row.transfer)),
+        progress=PROGRESS,
+    )  # fmt: skip
+    other = None if row.transfer is None else row.transfer.name
+    return {"transfer": other, **found.to_dict()["rows"][0]}
+
+
 PARTS: dict[str, Part] = {
     "bits": bits, "cost": cost, "codec": coded, "ood": outliers, "attack": attacked,
+    "controls": controls,
 }  # fmt: skip
+ALWAYS = [name for name in PARTS if name != "controls"]
 
 if __name__ == "__main__":
     main()

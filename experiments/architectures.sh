@@ -27,4 +27,11 @@ for row; do
     esac
     python -m experiments.architectures "$out/$row" --root "$dir"
 done
+# Whether the attack is a real one: its strength by steps, and through another row.
+for pair in coupling-one:coupling-split coupling-wavelet-2:coupling-one \
+    continuous-wavelet-3:continuous-wavelet-2; do
+    run=$out/${pair%:*} other=$out/${pair#*:}
+    [ ! -e "$run/measured.json" ] || [ ! -e "$other/measured.json" ] ||
+        python -m experiments.architectures "$run" --root "$dir" --parts controls --transfer "$other"
+done
 python -m experiments.architectures_table "$out" --figures docs

@@ -1,13 +1,16 @@
 """Tables and figures of `architectures.sh`, from the numbers of all rows that are measured.
 
-    python -m experiments.architectures_table OUT [--figures DIR]
+    python -m experiments.architectures_table OUT [--figures DIR] [--collect FILE.json]
 
-Differences are of the same images with the same noise: ± is the standard error of their mean.
+OUT is the folder of the runs, or a file of all their numbers that `--collect` wrote before:
+experiments/architectures.json is of the rows in experiments/architectures.md. Differences are of
+the same images with the same noise: ± is the standard error of their mean.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,15 +21,18 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from torch import Tensor
 
 from experiments.architectures_steps import MINUTES, SHARES, rows_of
+from mrcnf import files
 from mrcnf.measure.evaluate import mean_and_error
 from mrcnf.report.plot import COLOURS
 
 Rows = dict[str, dict[str, Any]]
 KINDS = ("continuous", "coupling")
+SCORES = ("likelihood", "complexity", "typicality")
 COLOUR = dict(zip(KINDS, COLOURS, strict=False))
 MARKER = {"continuous": "o", "coupling": "s"}
 
@@ -35,20 +41,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--figures", type=Path, help="folder for the figures")
+    parser.add_argument("--collect", type=Path, help="file to write the numbers of all rows to")
     options = parser.parse_args()
-    rows: Rows = {}
-    for name in rows_of("cpu"):
-        path = options.out / name / "measured.json"
-        if path.exists():
-            rows[name] = json.loads(path.read_text())
-    for table in (headline, main_table, cost_table, codec_table, ood_table, attack_table):
+    rows = read(options.out)
+    tables = (
+        headline, main_table, shuffles, cost_table, codec_table,
+        *(functools.partial(ood_table, score=score) for score in SCORES), levels_table,
+        attack_table, controls_table,
+    )  # fmt: skip
+    for table in tables:
         print("\n".join(table(rows)), end="\n\n")
+    if options.collect:
+        files.write(options.collect, json.dumps(_rounded(rows), separators=(",", ":")) + "\n")
     if options.figures:
         options.figures.mkdir(parents=True, exist_ok=True)
-        for figure in (differences, operations, compression, detections, attacks):
+        for figure in (differences, operations, compression, detections, attacks, strength):
             drawn = figure(rows)
             drawn.savefig(options.figures / f"architectures-{figure.__name__}.png", dpi=90)
             plt.close(drawn)
+
+
+def read(out: Path) -> Rows:
+    """The numbers of all rows: of a folder of runs, or of a file that they were collected in."""
+    if out.is_file():
+        found: Rows = json.loads(out.read_text())
+        return found
+    paths = {name: out / name / "measured.json" for name in rows_of("cpu")}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
+def _rounded(value: Any) -> Any:
+    """With numbers of seven digits, which is more than any of them has."""
+    if isinstance(value, dict):
+        return {key: _rounded(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [_rounded(own) for own in value]
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def headline(rows: Rows) -> list[str]:
@@ -77,6 +105,16 @@ def main_table(rows: Rows) -> list[str]:
                 shares if len(row["bits"]["levels"]) > 1 else "",
             )
         )
+    return lines
+
+
+def shuffles(rows: Rows) -> list[str]:
+    """What splits buy couplings, and what an order of their channels does."""
+    lines = _head("", "− one resolution", "− the split that does not shuffle")
+    for name, _ in _with(rows, "bits"):
+        if name.startswith("coupling-split") and not name.endswith("-adversarial"):
+            plain = "" if name == "coupling-split" else _difference(rows, name, "coupling-split")
+            lines.append(_line(name, _difference(rows, name, "coupling-one"), plain))
     return lines
 
 
@@ -130,43 +168,95 @@ def codec_table(rows: Rows) -> list[str]:
     return lines
 
 
-def ood_table(rows: Rows) -> list[str]:
-    scores = ("likelihood", "complexity", "typicality")
-    kinds = next((list(row["ood"]["kinds"]) for _, row in _with(rows, "ood")), [])
-    lines = _head("", "against", "bits/dim of those", *scores)
+def ood_table(rows: Rows, score: str) -> list[str]:
+    """Areas by one score, with the interval that holds 95% of the resamples."""
+    lines = _head(f"AUROC by {score}", *_kinds(rows))
     for name, row in _with(rows, "ood"):
-        for kind in kinds:
-            own = row["ood"]["kinds"][kind]
-            cells = []
-            for score in scores:
-                low, high = own["interval"][score]
-                cells.append(f"{own['auroc'][score]:.3f} ({low:.3f} to {high:.3f})")
-            lines.append(_line(name, kind, f"{own['bits']:.3f}", *cells))
+        cells = []
+        for own in row["ood"]["kinds"].values():
+            low, high = own["interval"][score]
+            cells.append(f"{own['auroc'][score]:.3f} ({low:.2f} to {high:.2f})")
+        lines.append(_line(name, *cells))
     return lines
+
+
+def levels_table(rows: Rows) -> list[str]:
+    """Areas by each level's share of the bits, the base first; and what the images cost."""
+    lines = _head("AUROC by level's share; bits/dim in all", *_kinds(rows))
+    for name, row in _with(rows, "ood"):
+        cells = []
+        for own in row["ood"]["kinds"].values():
+            areas = [v for score, v in own["auroc"].items() if score.startswith("level-")]
+            by_level = " / ".join(f"{area:.3f}" for area in areas)
+            cells.append(f"{by_level}; {own['bits']:.2f}" if areas else f"{own['bits']:.2f}")
+        lines.append(_line(name, *cells))
+    return lines
+
+
+def _kinds(rows: Rows) -> list[str]:
+    return next((list(row["ood"]["kinds"]) for _, row in _with(rows, "ood")), [])
 
 
 def attack_table(rows: Rows) -> list[str]:
     lines = _head(
         "", "images", "ε", "natural", "attacked", "random signs", "attacked − natural",
-        "random − natural", "file of attacked", "over its bound", "bit for bit",
+        "random − natural", "ratio", "attacked − natural by level", "file of attacked",
+        "over its bound", "bit for bit",
     )  # fmt: skip
     for name, row in _with(rows, "attack"):
         own = row["attack"]
         natural = _total(own["natural"])
         for epsilon, found in own["epsilons"].items():
             changed, random = _total(found["attacked"]), _total(found["random"])
+            more = [_mean(v - natural) for v in (changed, random)]
+            pairs = zip(found["attacked"], own["natural"], strict=True)
+            shares = [_mean(torch.tensor(a) - torch.tensor(n))[0] for a, n in pairs]
             lines.append(
                 _line(
                     name,
                     str(own["images"]),
                     epsilon,
                     *("{:.3f} ± {:.3f}".format(*_mean(v)) for v in (natural, changed, random)),
-                    *("{:+.3f} ± {:.3f}".format(*_mean(v - natural)) for v in (changed, random)),
+                    *("{:+.3f} ± {:.3f}".format(*own) for own in more),
+                    f"{more[0][0] / more[1][0]:.2f}",
+                    " / ".join(f"{share:+.3f}" for share in shares) if len(shares) > 1 else "",
                     f"{found['file']['bits_per_dim']:.3f}",
                     _percent(found["file"]["overhead_percent"]),
                     "yes" if found["file"]["same"] else "NO",
                 )
             )
+    return lines
+
+
+def controls_table(rows: Rows) -> list[str]:
+    """Is the attack a real one? White box against random signs and another row's attack."""
+    lines = _head(
+        "", "images", "ε", "natural", "attacked − natural", "random − natural", "ratio", "through",
+        "transferred − natural", "PNG natural / attacked / random", "JPEG XL",
+    )  # fmt: skip
+    for name, row in _with(rows, "controls"):
+        own = row["controls"]
+        cells = [
+            f"{own[what]:+.3f} ± {own[what + '_stderr']:.3f}"
+            for what in ("increase", "random_increase", "transferred_increase")
+        ]
+        sizes = [
+            " / ".join(f"{codec[kind]:.2f}" for kind in ("natural", "attacked", "random"))
+            for codec in own["sizes"].values()
+        ]
+        lines.append(
+            _line(
+                name,
+                str(own["images"]),
+                str(own["epsilon"]),
+                f"{own['natural']:.3f} ± {own['natural_stderr']:.3f}",
+                *cells[:2],
+                f"{own['increase'] / own['random_increase']:.2f}",
+                own["transfer"],
+                cells[2],
+                *sizes,
+            )
+        )
     return lines
 
 
@@ -213,21 +303,24 @@ def compression(rows: Rows) -> plt.Figure:
 
 
 def detections(rows: Rows) -> plt.Figure:
-    """Areas by row and kind of images."""
-    shown = [name for name, _ in _with(rows, "ood")]
-    kinds = list(rows[shown[0]]["ood"]["kinds"]) if shown else []
-    figure, axis = _by_row(shown, "AUROC by complexity (bits of a file − the model's)")
-    for k, kind in enumerate(kinds):
-        found = [rows[name]["ood"]["kinds"][kind] for name in shown]
-        middle = [own["auroc"]["complexity"] for own in found]
-        ends = [own["interval"]["complexity"] for own in found]
-        below = [m - low for m, (low, _) in zip(middle, ends, strict=True)]
-        above = [high - m for m, (_, high) in zip(middle, ends, strict=True)]
-        places = [i + 0.12 * (k - 1.5) for i in range(len(shown))]
-        axis.errorbar(middle, places, xerr=(below, above), fmt="osD^"[k % 4], color=COLOURS[k],
-                      markersize=4, label=f"against {kind}")  # fmt: skip
-    axis.axvline(0.5, color="grey", linewidth=0.8)
-    axis.legend(fontsize=7)
+    """Areas by row and kind of images, by bits and by bits beside a file's."""
+    shown, kinds = [name for name, _ in _with(rows, "ood")], _kinds(rows)
+    figure, axes = plt.subplots(
+        1, 2, figsize=(11, 1.6 + 0.3 * len(shown)), sharey=True, layout="constrained"
+    )
+    titles = {"likelihood": "by −bits/dim", "complexity": "by bits of a file − the model's"}
+    for axis, (score, title) in zip(axes, titles.items(), strict=True):
+        areas = np.array(
+            [[rows[name]["ood"]["kinds"][kind]["auroc"][score] for kind in kinds] for name in shown]
+        )
+        drawn = axis.imshow(areas, cmap="PuOr", vmin=0, vmax=1, aspect="auto")
+        for (i, k), area in np.ndenumerate(areas):
+            colour = "white" if abs(area - 0.5) > 0.3 else "black"
+            axis.text(k, i, f"{area:.2f}", ha="center", va="center", fontsize=7, color=colour)
+        axis.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right", fontsize=8)
+        axis.set_yticks(range(len(shown)), shown, fontsize=8)
+        axis.set_title(f"AUROC {title}", fontsize=9)
+    figure.colorbar(drawn, ax=axes, label="0.5: cannot tell; 0: the others look likelier")
     return figure
 
 
@@ -251,10 +344,28 @@ def attacks(rows: Rows) -> plt.Figure:
     return figure
 
 
+def strength(rows: Rows) -> plt.Figure:
+    """What the attack adds, by its steps."""
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for k, (name, row) in enumerate(_with(rows, "controls")):
+        own = row["controls"]
+        steps = [point["steps"] for point in own["curve"]]
+        more = [point["attacked"] - own["natural"] for point in own["curve"]]
+        axis.plot(steps, more, marker="osD^v"[k % 5], color=COLOURS[k], label=name)
+        axis.axhline(own["random_increase"], color=COLOURS[k], linestyle=":", linewidth=1)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set(xlabel="steps of the attack, ε = 4 (dotted: random signs)",
+             ylabel="bits/dim more than the natural images")  # fmt: skip
+    axis.grid(linewidth=0.3)
+    axis.legend(fontsize=7)
+    return figure
+
+
 def _by_row(names: Sequence[str], label: str) -> tuple[plt.Figure, plt.Axes]:
     figure, axis = plt.subplots(figsize=(7, 1.2 + 0.32 * len(names)), layout="constrained")
     axis.set_yticks(range(len(names)), names, fontsize=8)
-    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.set_ylim(max(len(names), 1) - 0.5, -0.5)
     axis.set_xlabel(label)
     axis.grid(axis="x", linewidth=0.3)
     return figure, axis

@@ -33,6 +33,7 @@ def evaluate(
     batch: int | None = None,
     convergence: bool = False,
     compile: bool = False,
+    tolerance: float | None = None,
     json: Path | None = None,
     device: str = "auto",
     trust: bool = False,
@@ -50,12 +51,14 @@ def evaluate(
         batch: images solved together; the run's evaluate.batch by default.
         convergence: solve a subset again, more finely, to show that the digits hold.
         compile: compile the networks first, as evaluate.compile=true.
+        tolerance: solve in fewer steps and add what they are off by, as some images show, with
+            a standard error of about so many bits/dim; the run's evaluate.tolerance by default.
         json: file to write the numbers to.
         device: auto, cpu, cuda, cuda:N.
         trust: run the code that the run names of its own, if it does: read it first.
         overrides: settings of data, evaluate, solver and trace, e.g. solver.steps=80.
     """
-    numbers = {"limit": limit, "draws": draws, "batch": batch}
+    numbers = {"limit": limit, "draws": draws, "batch": batch, "tolerance": tolerance}
     given = [f"evaluate.{name}={n}" for name, n in numbers.items() if n is not None]
     given += ["evaluate.compile=true"] if compile else []
     assignments = [f"data.name={dumps(data)}"] if data else []

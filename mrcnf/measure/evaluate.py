@@ -19,6 +19,7 @@ from mrcnf.errors import UserError
 from mrcnf.flows.solve import Solver
 from mrcnf.image.bits import bits_per_dim
 from mrcnf.image.noise import check_images, dequantise
+from mrcnf.measure import correction
 from mrcnf.model.level import Level, likelihoods
 from mrcnf.runs.config import changed
 
@@ -56,6 +57,9 @@ class Evaluation:
     trace: str
     solver: str
     seconds: float
+    corrected: dict[str, Any] | None = None
+    """What few steps were off by, added to all of the above: its mean and standard error, and the
+    number of images that it is of."""
     convergence: list[dict[str, Any]] = field(default_factory=list)
     """The same noise and probes on a subset, solved more and more finely."""
 
@@ -72,6 +76,11 @@ class Evaluation:
                 f"   NFE {level.nfe:.0f}   {level.solver}"
             )
         rows.append(f"  {self.draws} noise draw(s), trace {self.trace}, {self.seconds:.1f} s")
+        if self.corrected:
+            rows.append(
+                "  of which {bpd:+.5f} ± {bpd_stderr:.5f} corrects the steps of the solver, found "
+                "on {images} images".format(**self.corrected)
+            )
         for row in self.convergence:
             rows.append(
                 f"  {row['solver']:<40} {row['bpd']:.5f}  {row['difference']:+.5f}"
@@ -89,6 +98,7 @@ def evaluate(
     draws: int = 1,
     seed: int = 0,
     compile: bool = False,
+    tolerance: float = 0.0,
     progress: bool = False,
 ) -> Evaluation:
     """Bits per dimension of the images, by level and in total, with standard errors.
@@ -104,10 +114,13 @@ def evaluate(
         seed: of noise and probes; batch b and draw d have a seed of their own, so numbers
             compare between solvers.
         compile: compile the levels' networks first, which takes a minute; they stay so.
+        tolerance: above 0, solve in fewer steps and add what they are off by, as some images show
+            (`correction`), with a standard error of about so many bits per dimension.
         progress: show a bar on stderr.
 
     Raises:
-        UserError: fewer than 2 images, or not such as the model is of; no compiler.
+        UserError: fewer than 2 images, or not such as the model is of; no compiler; a tolerance
+            for levels without a number of steps.
     """
     levels = list(levels)
     if min(batch, draws) < 1 or limit < 0:
@@ -133,21 +146,41 @@ def evaluate(
         for level in levels:
             runtime.require_compiler(level.device, "evaluate.compile")
             level.compile()
-    bits, costs = _bits(levels, images.pixels, batch, draws, seed, progress=progress)
+    found = None
+    if tolerance:
+        found = correction.plan(
+            levels, images.pixels,
+            lambda pixels, solvers: _bits(levels, pixels, batch, 1, seed, solvers)[0], tolerance,
+        )  # fmt: skip
+    few = {} if found is None else found.few
+    bits, costs = _bits(levels, images.pixels, batch, draws, seed, few, progress=progress)
+
+    def mean(which: slice) -> tuple[float, float]:
+        value, error = mean_and_error(bits[which].sum(0), images.groups)
+        if found is None:
+            return value, error
+        shift, own = mean_and_error(
+            found.differences[which].sum(0),
+            None if images.groups is None else images.groups[found.chosen],
+        )
+        return value + shift, math.hypot(error, own)
+
     reports = []
     for i, level in enumerate(levels):
-        mean, error = mean_and_error(bits[i], images.groups)
-        evaluations, rejected = costs[i]
+        share, (evaluations, rejected) = mean(slice(i, i + 1)), costs[i]
+        fewer = f", from {few[level.resolution].steps}" if level.resolution in few else ""
         reports.append(
-            LevelReport(
-                level.resolution, mean, error, evaluations, rejected, _solver(level)
-            )
+            LevelReport(level.resolution, *share, evaluations, rejected, _solver(level) + fewer)
         )
-    mean, error = mean_and_error(bits.sum(0), images.groups)
+    bpd, error = mean(slice(None))
+    corrected = None
+    if found is not None:
+        shift, own = mean_and_error(found.differences.sum(0), None)
+        corrected = {"bpd": shift, "bpd_stderr": own, "images": len(found.chosen)}
     return Evaluation(
         data=f"{images.name} {images.split}".strip(),
         images=len(images),
-        bpd=mean,
+        bpd=bpd,
         bpd_stderr=error,
         error_over="photographs" if _grouped(images.groups) else "images",
         levels=reports,
@@ -157,6 +190,7 @@ def evaluate(
         ),
         solver=_common(report.solver for report in reports),
         seconds=time.perf_counter() - started,
+        corrected=corrected,
     )
 
 

@@ -186,6 +186,9 @@ class EvaluateConfig:
     compile: bool = False
     """Compile the network for evaluation with torch.compile, which takes a minute or two first; on
     a CPU it needs a C++ compiler."""
+    tolerance: Annotated[float, at_least(0)] = 0.0
+    """Above 0: solve in fewer steps, and add what they are off by, as some images show that are
+    solved in all steps, too; with a standard error of about so many bits per dimension."""
 
     def __post_init__(self) -> None:
         check("evaluate", self)

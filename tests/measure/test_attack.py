@@ -15,7 +15,7 @@ from mrcnf.flows.solve import Solver
 from mrcnf.flows.trace import Trace
 from mrcnf.image.noise import dequantise
 from mrcnf.measure.ascent import ascend
-from mrcnf.measure.attack import attack, bits_and_gradient, random_signs
+from mrcnf.measure.attack import attack, bits_and_gradient, checkerboard, random_signs
 from mrcnf.measure.evaluate import bits_by_level
 from mrcnf.measure.robustness import robustness
 from mrcnf.model.level import Level
@@ -73,7 +73,7 @@ def test_nothing_leaves_the_ball_or_the_range(seed, epsilon, steps, stride, scat
 
     found = ascend(pixels, slope, epsilon=epsilon, steps=steps, step_size=stride,
                    generator=generator, scatter=scatter)  # fmt: skip
-    for changed in (found, random_signs(pixels, epsilon, seed)):
+    for changed in (found, random_signs(pixels, epsilon, seed), checkerboard(pixels, epsilon)):
         assert changed.dtype == torch.uint8 and changed.shape == pixels.shape
         assert int((changed.int() - pixels.int()).abs().max()) <= epsilon
 
@@ -81,6 +81,18 @@ def test_nothing_leaves_the_ball_or_the_range(seed, epsilon, steps, stride, scat
 def test_random_signs_move_every_pixel_that_can_move():
     signs = random_signs(torch.full((50, 1, 4, 4), 100, dtype=torch.uint8), 3).int() - 100
     assert set(signs.unique().tolist()) == {-3, 3} and abs(signs.float().mean()) < 0.5
+
+
+def test_a_checkerboard_opposes_all_neighbours_and_an_attack_is_no_weaker():
+    board = checkerboard(torch.full((1, 3, 4, 4), 100, dtype=torch.uint8), 3)[0].int() - 100
+    assert set(board.unique().tolist()) == {-3, 3}
+    for dim in range(3):
+        assert not (board.narrow(dim, 1, 2) + board.narrow(dim, 0, 2)).any()
+    model, pixels = build(COUPLINGS, size=0.3), smooth_images(4, side=8, seed=5)
+    weak = attack(model, pixels, epsilon=8, steps=1, step_size=0.6).pixels
+    bits = [bits_by_level(model, p, seed=3).sum(0) for p in (weak, checkerboard(pixels, 8), pixels)]
+    assert bits[1].mean() > bits[2].mean() + 0.1, "what the attack must not miss"
+    assert bits[0].mean() > bits[1].mean() - 1e-3
 
 
 @pytest.mark.parametrize("minimise", [False, True])
