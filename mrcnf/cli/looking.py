@@ -14,6 +14,7 @@ from mrcnf.measure import check as checks
 from mrcnf.measure.entropy import entropies, splitting
 from mrcnf.measure.evaluate import set_solvers
 from mrcnf.model.settings import FlowConfig
+from mrcnf.plugins import is_own
 from mrcnf.report import compare as comparison
 from mrcnf.report import page, plot
 from mrcnf.report.subject import Limits, Subject
@@ -35,7 +36,10 @@ def info(run: Run) -> None:
         return
     for resolution, metadata in checkpoint.describe(run).items():
         weights = checkpoint.level_folder(run, resolution) / checkpoint.WEIGHTS
-        field = ", ".join(f"{key} {value}" for key, value in metadata["field"].items())
+        settings = {key: value for key, value in metadata["field"].items() if value != {}}
+        if is_own(settings["kind"]):  # the others are not told to it
+            settings = {k: v for k, v in settings.items() if k in ("kind", "blocks", "options")}
+        field = ", ".join(f"{key} {value}" for key, value in settings.items())
         flow = rebuilt(FlowConfig, metadata.get("flow", {}), weights)
         print(
             f"level {resolution}: {metadata['parameters']:,} parameters ({flow}; field: {field}); "
@@ -52,6 +56,7 @@ def report(
     images: int = 256,
     training_images: int = 50_000,
     device: str = "auto",
+    trust: bool = False,
     overrides: Overrides = (),
 ) -> None:
     """One HTML page about a run: bits/dim, curves, samples, upscalings, neighbours, origin.
@@ -63,10 +68,11 @@ def report(
         training_images: look for samples' neighbours among the first so many training images, 0
             for all.
         device: auto, cpu, cuda, cuda:N.
+        trust: run the code that the run names of its own, if it does: read it first.
         overrides: settings of data, evaluate, solver and trace, e.g. data.root=DIR.
     """
     target = run / "report.html" if out is None else out
-    limits = Limits(images, training_images, device)
+    limits = Limits(images, training_images, device, trust)
     page.check_page(target)
     subject = Subject(run, limits=limits, overrides=overrides, progress=sys.stderr.isatty())
     page.report(subject, target)
@@ -79,6 +85,7 @@ def compare(
     images: int = 256,
     training_images: int = 50_000,
     device: str = "auto",
+    trust: bool = False,
     overrides: Overrides = (),
 ) -> None:
     """A table of runs: how they differ, what they cost, and their bits/dim on test images.
@@ -90,6 +97,7 @@ def compare(
         images: for the page, measure the first so many test images, 0 for all.
         training_images: for the page, look for neighbours among the first so many training images.
         device: for the page: auto, cpu, cuda, cuda:N.
+        trust: for the page: run the code that runs name of their own, if they do: read it first.
         overrides: for the page: settings of data, evaluate, solver and trace.
     """
     if out is not None and out.suffix.lower() not in (*page.SUFFIXES, *plot.FORMATS):
@@ -97,7 +105,7 @@ def compare(
     rows = comparison.compare(runs)
     if out is not None and out.suffix.lower() in page.SUFFIXES:
         page.beside(
-            runs, out, limits=Limits(images, training_images, device), overrides=overrides,
+            runs, out, limits=Limits(images, training_images, device, trust), overrides=overrides,
             progress=sys.stderr.isatty(),
         )  # fmt: skip
     elif out is not None:
@@ -112,6 +120,7 @@ def entropy(
     batch: int = 100,
     json: Path | None = None,
     out: Path | None = None,
+    trust: bool = False,
     overrides: Overrides = (),
 ) -> None:
     """What leaves split flows, and what stays: the entropy of every channel, on test images.
@@ -123,6 +132,7 @@ def entropy(
         batch: images at once.
         json: file to write the numbers to.
         out: PNG, PDF or SVG file for the figure, a panel for each split.
+        trust: run the code that the run names of its own, if it does: read it first.
         overrides: settings of data, solver and trace, section.key=value.
     """
     if not runs:
@@ -132,10 +142,11 @@ def entropy(
     given = [f"data.name={dumps(data)}"] if data else []
     opened = []
     for run in runs:
-        levels = splitting(checkpoint.load(run))
+        levels = splitting(checkpoint.load(run, trust=trust))
         set_solvers(levels, override({}, overrides))
         settings = finest_config(run, [*given, *overrides])
-        opened.append((levels, open_images(settings.data, levels[0].model, "test")))
+        images = open_images(settings.data, levels[0].model, "test", run=run, trust=trust)
+        opened.append((levels, images))
     found = []
     for run, (levels, images) in zip(runs, opened, strict=True):
         pixels = images.pixels[: limit or None]

@@ -50,6 +50,7 @@ def attack(
     save: Path | None = None,
     plot: Path | None = None,
     device: str = "auto",
+    trust: bool = False,
     overrides: Overrides = (),
 ) -> None:
     """Alter test images within ±ε grey levels until they cost the model many bits.
@@ -73,6 +74,7 @@ def attack(
         plot: PNG, PDF or SVG file for bits/dim against the number of steps; attacks with fewer
             steps too.
         device: auto, cpu, cuda, cuda:N.
+        trust: run the code that the run names of its own, if it does: read it first.
         overrides: settings of data, solver and trace, section.key=value.
     """
     if plot is not None:
@@ -85,13 +87,13 @@ def attack(
     settings = _settings(run, data, overrides)
     changes = configuration.override({}, overrides)
     with runtime.processes(device) as where:
-        levels = list(checkpoint.load(run, where))
+        levels = list(checkpoint.load(run, where, trust=trust))
         set_solvers(levels, changes)
         others = None
         if transfer is not None:
-            others = list(checkpoint.load(transfer, where))
+            others = list(checkpoint.load(transfer, where, trust=trust))
             set_solvers(others, changes)
-        images = open_images(settings.data, levels[0].model, "test")
+        images = open_images(settings.data, levels[0].model, "test", run=run, trust=trust)
         found = robustness(
             levels,
             images.pixels[: limit or None],
@@ -136,6 +138,7 @@ def ood(
     json: Path | None = None,
     plot: Path | None = None,
     device: str = "auto",
+    trust: bool = False,
     overrides: Overrides = (),
 ) -> None:
     """Tell test images of the training data from others by their scores: AUROC with intervals.
@@ -154,6 +157,7 @@ def ood(
         json: file to write the numbers to.
         plot: PNG, PDF or SVG file for histograms of the scores.
         device: auto, cpu, cuda, cuda:N.
+        trust: run the code that the run names of its own, if it does: read it first.
         overrides: settings of data, solver and trace, section.key=value.
     """
     if plot is not None:
@@ -164,11 +168,12 @@ def ood(
         )
     settings = _settings(run, data, overrides)
     with runtime.processes(device) as where:
-        levels = list(checkpoint.load(run, where))
+        levels = list(checkpoint.load(run, where, trust=trust))
         set_solvers(levels, configuration.override({}, overrides))
         detection.check_names(levels, scores)
         model = levels[0].model
-        inside = open_images(settings.data, model, "test").first(limit or None)
+        test = open_images(settings.data, model, "test", run=run, trust=trust)
+        inside = test.first(limit or None)
         outside = _outside(against, settings.data, model, inside, seed).first(limit or None)
         if min(len(inside), len(outside)) < 2:
             raise UserError("the sets have a single image; at least 2 are needed of either")
@@ -179,7 +184,8 @@ def ood(
                     finest_config(run).data, root=settings.data.root,
                     download=settings.data.download,
                 )  # fmt: skip
-                training = open_images(own, model, "train").first(limit or None).pixels
+                seen = open_images(own, model, "train", run=run, trust=trust)
+                training = seen.first(limit or None).pixels
             except UserError as error:
                 if scores:
                     raise

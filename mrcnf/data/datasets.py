@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mrcnf import plugins
 from mrcnf.data import folders, published, streams
 from mrcnf.data.folders import SPLITS, belongs
 from mrcnf.data.formats import open_npz, read_array
@@ -18,7 +21,8 @@ from mrcnf.data.mapped import Mapped, beside, describe, digest
 from mrcnf.data.streams import Stream
 from mrcnf.errors import UserError
 
-NAMES = ("photos", *published.PUBLISHED, "folder:PATH", "npz:PATH", "npy:PATH")
+NAMES = ("photos", *published.PUBLISHED, "folder:PATH", "npz:PATH", "npy:PATH",
+         "MODULE:OBJECT of your own")  # fmt: skip
 
 
 class Images:
@@ -91,6 +95,7 @@ class Images:
 def load(
     name: str, split: str = "train", *, root: str | Path = "", resolution: int | None = None,
     limit: int | None = None, download: bool = False, crop: int = 0,
+    options: Mapping[str, Any] | None = None,
 ) -> Images:
     """Reads one split, `train`, `test` or `val`, of a data set; `NAMES` lists the names.
 
@@ -109,6 +114,8 @@ def load(
     `mrcnf pack` made it of, or else divided as one npz. Arrays: uint8 (N,C,H,W), (N,H,W,C) or
     (N,H,W), and possibly names or numbers (N,) of photographs in train.groups.npy and so on. They
     stay in the file, memory-mapped, and `Images.take` reads those that are wanted.
+    `MODULE:OBJECT`: a function of your own, called as f(split, resolution, **options). It answers
+    Images, or uint8 (N,C,H,W) as a tensor or an array, at `resolution` or 2^k times as large.
 
     `root`: folder of the published files; by default $MRCNF_DATA, otherwise ./data.
     `resolution` (pixels): images 2^k times as large are averaged over 2^k×2^k pixels, rounding
@@ -132,8 +139,9 @@ def load(
         _check(split, resolution, limit, crop, kind)
         return _mapped(name, Path(place).expanduser(), split, resolution).first(limit)
     stream = open_stream(
-        name, split, root=root, resolution=resolution, limit=limit, download=download, crop=crop
-    )
+        name, split, root=root, resolution=resolution, limit=limit, download=download, crop=crop,
+        options=options,
+    )  # fmt: skip
     groups = None if stream.groups is None else torch.from_numpy(stream.groups)
     return Images(torch.from_numpy(stream.array()), name, split, groups)
 
@@ -141,6 +149,7 @@ def load(
 def open_stream(
     name: str, split: str = "train", *, root: str | Path = "", resolution: int | None = None,
     limit: int | None = None, download: bool = False, crop: int = 0,
+    options: Mapping[str, Any] | None = None,
 ) -> Stream:
     """What `load` reads, a part at a time; `npy:` files may be reduced, too."""
     kind, _, place = name.partition(":")
@@ -158,6 +167,9 @@ def open_stream(
     elif kind == "npy" and place:
         images = _mapped(name, path, split, None)
         stream = images.stream().halved(resolution, path)
+    elif plugins.is_own(name):
+        pixels, groups = _own(name, split, resolution, options or {})
+        stream = streams.of_array(pixels, groups).halved(resolution, Path(name))
     else:
         raise UserError(f"data name '{name}' is unknown; choose one of {', '.join(NAMES)}")
     if not len(stream):
@@ -200,6 +212,31 @@ def _photos(split: str, resolution: int) -> Stream:
     crops = [photographs[:, y : y + resolution, x : x + resolution] for y, x in corners]
     pixels = np.array(crops, np.uint8).reshape(-1, 1, resolution, resolution)
     return streams.of_array(pixels, np.tile(np.arange(len(photographs)), len(corners)))
+
+
+def _own(
+    name: str, split: str, resolution: int | None, options: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The pixels, and groups if there are any, that a user's own function answers."""
+    found = plugins.call(name, "data.name", split, resolution, **options)
+    groups: torch.Tensor | None = None
+    if isinstance(found, Images):
+        groups, found = found.groups, found.pixels
+    pixels = found.cpu().numpy() if isinstance(found, torch.Tensor) else found
+    if not isinstance(pixels, np.ndarray):
+        raise UserError(
+            f"data.name '{name}' answers a {type(found).__name__}; Images, a tensor or an array "
+            "is needed"
+        )
+    if pixels.ndim != 4 or pixels.dtype != np.uint8 or pixels.shape[1] not in (1, 3):
+        raise UserError(
+            f"data.name '{name}' answers {pixels.dtype} of shape {pixels.shape}; uint8 "
+            "(N, C, H, W) is needed, C being 1 or 3"
+        )
+    if groups is not None and groups.shape != (len(pixels),):
+        raise UserError(f"data.name '{name}' answers groups of shape {tuple(groups.shape)} for "
+                        f"{len(pixels)} images")  # fmt: skip
+    return pixels, None if groups is None else groups.cpu().numpy()
 
 
 def _npz(path: Path, split: str) -> Stream:

@@ -12,7 +12,7 @@ from mrcnf.runs import checkpoint, config, metrics
 
 # Where a run lies, what it is called, how long it goes and how it is watched: no difference.
 _ASIDE = ("name", "data.root", "train.log_every", "train.checkpoint_every", "train.device",
-          "train.evaluate_every", "train.tensorboard")  # fmt: skip
+          "train.evaluate_every", "train.sample_every", "train.tensorboard")  # fmt: skip
 
 
 @dataclass

@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Limits:
-    """How much work goes into a page."""
+    """What may be done for a page."""
 
     images: int = 256
     """Test images that are measured and written by classical codecs; 0: all."""
@@ -46,6 +46,8 @@ class Limits:
     """Training images among which neighbours are looked for, the first ones; 0: all."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N."""
+    trust: bool = False
+    """Run the code that a run names of its own, if it does."""
 
     def __post_init__(self) -> None:
         if self.images < 0 or self.images == 1 or self.training_images < 0:
@@ -122,7 +124,8 @@ class Subject:
         return self._once("model", self._open)
 
     def _open(self) -> MultiResolutionFlow:
-        model = checkpoint.load(self.run, runtime.choose_device(self.limits.device))
+        device = runtime.choose_device(self.limits.device)
+        model = checkpoint.load(self.run, device, trust=self.limits.trust)
         evaluate.set_solvers(model, config.override({}, self.overrides))
         return model
 
@@ -130,7 +133,7 @@ class Subject:
     def test(self) -> Images:
         """All test images."""
         return self._once(
-            "test", lambda: open_images(self.settings.data, self.model.config, "test")
+            "test", lambda: self._images(self.settings.data, "test")
         )
 
     @property
@@ -146,7 +149,11 @@ class Subject:
     def _open_training(self) -> Images:
         data = self.settings.data
         most = min((n for n in (data.limit, self.limits.training_images) if n), default=0)
-        return open_images(dataclasses.replace(data, limit=most), self.model.config, "train")
+        return self._images(dataclasses.replace(data, limit=most), "train")
+
+    def _images(self, data: config.DataConfig, split: str) -> Images:
+        trust = self.limits.trust
+        return open_images(data, self.model.config, split, run=self.run, trust=trust)
 
     @property
     def evaluation(self) -> evaluate.Evaluation:
