@@ -83,11 +83,11 @@ class Trainer:
             self.level.compile()
         objective = objectives.Objective(self.level, config)
         self.objective = DistributedDataParallel(objective) if self.world > 1 else objective
-        objective.try_out(images.first(2).pixels.to(self.device))
         order = EpochOrder(len(images), self.train.batch, self.train.seed)
         pieces = self.train.micro_batches
         self.mine = range(self.rank, pieces, self.world)
         self.batches = Batches(images, order, pieces, self.mine, self.device, pixels)
+        objective.try_out(self.batches.take(torch.arange(min(2, len(images)))))
         self.schedule = Schedule(
             self.train.learning_rate, self.train.warmup, self.train.steps, self.train.minutes,
             falls=self.train.schedule == "cosine",
