@@ -10,12 +10,13 @@ from typing import Any
 
 from mrcnf.errors import UserError
 from mrcnf.flows import trace
-from mrcnf.flows.base import Flow
+from mrcnf.flows.base import Flow, FlowResult, Step
 from mrcnf.flows.continuous import ContinuousFlow
 from mrcnf.flows.coupling import CouplingFlow
 from mrcnf.flows.multiscale import MultiscaleFlow
 from mrcnf.flows.solve import Solver, SolverError
 from mrcnf.flows.trace import Trace
+from mrcnf.flows.velocity import Field
 from mrcnf.image import haar
 from mrcnf.model.level import Level
 from mrcnf.model.model import MultiResolutionFlow
@@ -29,15 +30,18 @@ __all__ = [
     "Config",
     "ContinuousFlow",
     "CouplingFlow",
+    "Field",
     "FieldConfig",
     "Flow",
     "FlowConfig",
+    "FlowResult",
     "Level",
     "ModelConfig",
     "MultiResolutionFlow",
     "MultiscaleFlow",
     "Solver",
     "SolverError",
+    "Step",
     "Trace",
     "UserError",
     "data",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import re
 import shutil
 import signal
 import types
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -23,6 +25,17 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    """Of this package and of what its numbers rest on, by name."""
+    found = {"python": platform.python_version()}
+    for name in ("mrcnf", "torch", "torchdiffeq", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from its source
+            found[name] = "not installed"
+    return found
 
 
 def choose_device(name: str) -> torch.device:
@@ -167,6 +180,15 @@ def sum_over_processes(values: Tensor, device: torch.device) -> Tensor:
     total = values.to(device)
     dist.all_reduce(total)
     return total.cpu()
+
+
+def of_first_process(work: Callable[[], str]) -> str:
+    """What the first process makes of some work, which the others leave to it; called by all."""
+    rank, world = rank_and_world()
+    found = [work() if rank == 0 else ""]
+    if world > 1:
+        dist.broadcast_object_list(found)
+    return found[0]
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -6,6 +6,7 @@
 | the order of the images in an epoch, one for all levels | `seed_of(S, 0, "epoch E")` |
 | a step's mirroring, crops, noise, times, probes, by micro-batch | `seed_of(S, R, "STEP/PIECE")` |
 | the images that a step measures an order on | `seed_of(S, R, "STEP/order")` |
+| what training draws as it goes, and the images it is drawn upon | `seed_of(S, R, "samples")` |
 | the images, times and signs that a codec's heads are fitted to | `seed_of(S, R, "calibration")` |
 | an evaluation's noise and probes, by batch and draw | `of_batch(S, batch, draw)` |
 | an attack's start, noise and probes, by restart and batch | `seed_of(S, 0, "attack ε/K/B")` |

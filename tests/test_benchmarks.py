@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import coding, machine, steps, timing, workload
+from benchmarks import coding, machine, outgrown, steps, timing, workload
 from benchmarks.__main__ import CODING, WORKS, coders, main
 from mrcnf.model.settings import FieldConfig, ModelConfig
 
@@ -118,3 +118,22 @@ def test_package_and_benchmarks_load_on_a_bare_machine(missing):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "synthetic" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not outgrown.anonymous(), reason="the system does not say what memory is whose")
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    held = {}
+    for gigabytes in (0.01, 0.3):
+        folder = tmp_path / str(gigabytes)
+        row = outgrown.measure(folder, gigabytes, steps=2, laps=1, device="cpu")
+        held[gigabytes] = row["anonymous_most"]
+        assert row["bytes"] == pytest.approx(gigabytes * 1e9, rel=0.01)
+    assert held[0.3] - held[0.01] < 0.1 * 0.29e9
+
+
+def test_outgrown_says_mistakes_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        outgrown.main(["--gigabytes", "1e9", "--folder", str(tmp_path)])
+    assert stopped.value.code == 2 and "make room" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -78,7 +78,7 @@ def test_the_commands_run(command, workplace, monkeypatch, capsys):
     words = shlex.split(command.replace("--n 64", "--n 4"))[1:]
     quick = {
         "train": ["--dry-run"], "extend": ["train.steps=1", "train.batch=2"],
-        "compress": ["--steps", "2"], "attack": ["--steps", "2"],
+        "compress": ["--steps", "2"], "attack": ["--steps", "2"], "report": ["--images", "4"],
     }  # fmt: skip
     cli.main([*words, *quick.get(words[0], [])])
     assert capsys.readouterr().out

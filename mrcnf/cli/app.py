@@ -9,24 +9,27 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import tyro
 
 from mrcnf.cli.coding import compress, decompress
-from mrcnf.cli.looking import check, compare, entropy, info
+from mrcnf.cli.data import new, pack
+from mrcnf.cli.looking import check, compare, entropy, info, report
 from mrcnf.cli.training import assemble, calibrate, demo, extend, train
 from mrcnf.cli.trying import attack, ood
 from mrcnf.cli.using import evaluate, sample, upscale
 from mrcnf.errors import TrainingError, UserError, out_of_memory
 from mrcnf.flows.solve import SolverError
+from mrcnf.plugins import CodeChanged
 
 COMMANDS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
-        demo, train, extend, assemble, calibrate, evaluate, sample, upscale, compress,
-        decompress, info, compare, entropy, attack, ood, check,
+        demo, new, pack, train, extend, assemble, calibrate, evaluate, sample, upscale, compress,
+        decompress, info, report, compare, entropy, attack, ood, check,
     )
 }  # fmt: skip
 """By name, in the order of `mrcnf --help`. Each reads its arguments, calls the library, and
@@ -37,7 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit status 0, 2 for the user's mistakes, 1 for anything else."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        parse(arguments)()
+        with _notes():
+            parse(arguments)()
     except UserError as error:
         _fail(str(error), 2)
     except (SolverError, TrainingError) as error:
@@ -115,6 +119,23 @@ def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]
         return functools.partial(function, *arguments, **options)
 
     return call
+
+
+@contextlib.contextmanager
+def _notes() -> Iterator[None]:
+    """Within: a warning that code has changed is a line as other notes are."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, CodeChanged):
+                print(f"mrcnf: note: {message}", file=sys.stderr)
+            else:
+                usual(message, category, *where, **more)
+
+        warnings.showwarning = show
+        warnings.simplefilter("always", CodeChanged)
+        yield
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -23,6 +23,7 @@ def compress(
     streams: int | None = None,
     workers: int | None = None,
     json: Path | None = None,
+    trust: bool = False,
 ) -> None:
     """Write images into one small file, from which they come back bit for bit.
 
@@ -39,8 +40,9 @@ def compress(
         workers: processes, of which no more than there are streams are used; by default one for
             each CPU core.
         json: file to write the numbers to.
+        trust: run the code that the run names of its own, if it does: read it first.
     """
-    model = checkpoint.load(run)
+    model = checkpoint.load(run, trust=trust)
     names, pixels = pictures.gather(images, model.config.channels, out)
     note_unfinished(run)
     result = codec.encode(
@@ -60,6 +62,7 @@ def decompress(
     resolution: int | None = None,
     npz: bool = False,
     workers: int | None = None,
+    trust: bool = False,
 ) -> None:
     """Get the images of a compressed file back, as PNG files.
 
@@ -72,10 +75,11 @@ def decompress(
         npz: write one archive, FILE.npz, of images of one size instead.
         workers: processes, of which no more than the file has streams are used; by default one
             for each CPU core.
+        trust: run the code that the run names of its own, if it does: read it first.
     """
     pictures.check_folder(out)
     data = container.read(file, resolution=resolution)
-    model = checkpoint.load(run)
+    model = checkpoint.load(run, trust=trust)
     with container.named(file):
         entries = container.unpack(data, resolution=resolution).entries
         names = pictures.names_out([entry.name for entry in entries])

@@ -1,4 +1,4 @@
-"""The commands that look at what is there: info, compare, entropy, check."""
+"""The commands that look at what is there: info, report, compare, entropy, check."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from pathlib import Path
 from mrcnf import files
 from mrcnf.cli.common import Overrides, Paths, Run
 from mrcnf.codec import container
-from mrcnf.data.imagefile import check_png
 from mrcnf.errors import UserError
 from mrcnf.measure import check as checks
 from mrcnf.measure.entropy import entropies, splitting
 from mrcnf.measure.evaluate import set_solvers
 from mrcnf.model.settings import FlowConfig
+from mrcnf.plugins import is_own
 from mrcnf.report import compare as comparison
-from mrcnf.report import plot
+from mrcnf.report import page, plot
+from mrcnf.report.subject import Limits, Subject
 from mrcnf.runs import checkpoint
 from mrcnf.runs.agreement import rebuilt
 from mrcnf.runs.config import override
@@ -35,7 +36,10 @@ def info(run: Run) -> None:
         return
     for resolution, metadata in checkpoint.describe(run).items():
         weights = checkpoint.level_folder(run, resolution) / checkpoint.WEIGHTS
-        field = ", ".join(f"{key} {value}" for key, value in metadata["field"].items())
+        settings = {key: value for key, value in metadata["field"].items() if value != {}}
+        if is_own(settings["kind"]):  # the others are not told to it
+            settings = {k: v for k, v in settings.items() if k in ("kind", "blocks", "options")}
+        field = ", ".join(f"{key} {value}" for key, value in settings.items())
         flow = rebuilt(FlowConfig, metadata.get("flow", {}), weights)
         print(
             f"level {resolution}: {metadata['parameters']:,} parameters ({flow}; field: {field}); "
@@ -46,15 +50,65 @@ def info(run: Run) -> None:
         )
 
 
-def compare(runs: Paths, out: Path | None = None) -> None:
+def report(
+    run: Run,
+    out: Path | None = None,
+    images: int = 256,
+    training_images: int = 50_000,
+    device: str = "auto",
+    trust: bool = False,
+    overrides: Overrides = (),
+) -> None:
+    """One HTML page about a run: bits/dim, curves, samples, upscalings, neighbours, origin.
+
+    Args:
+        run: a run folder; sections for which it lacks something say so.
+        out: HTML file; RUN/report.html by default.
+        images: measure the first so many test images, 0 for all.
+        training_images: look for samples' neighbours among the first so many training images, 0
+            for all.
+        device: auto, cpu, cuda, cuda:N.
+        trust: run the code that the run names of its own, if it does: read it first.
+        overrides: settings of data, evaluate, solver and trace, e.g. data.root=DIR.
+    """
+    target = run / "report.html" if out is None else out
+    limits = Limits(images, training_images, device, trust)
+    page.check_page(target)
+    subject = Subject(run, limits=limits, overrides=overrides, progress=sys.stderr.isatty())
+    page.report(subject, target)
+    print(target)
+
+
+def compare(
+    runs: Paths,
+    out: Path | None = None,
+    images: int = 256,
+    training_images: int = 50_000,
+    device: str = "auto",
+    trust: bool = False,
+    overrides: Overrides = (),
+) -> None:
     """A table of runs: how they differ, what they cost, and their bits/dim on test images.
 
     Args:
         runs: run folders, trained with train.evaluate_every for the bits/dim.
-        out: PNG file for the curves of bits/dim against training time.
+        out: HTML file for the runs side by side, as in `mrcnf report`; or PNG, PDF or SVG file for
+            the curves of bits/dim against training time alone.
+        images: for the page, measure the first so many test images, 0 for all.
+        training_images: for the page, look for neighbours among the first so many training images.
+        device: for the page: auto, cpu, cuda, cuda:N.
+        trust: for the page: run the code that runs name of their own, if they do: read it first.
+        overrides: for the page: settings of data, evaluate, solver and trace.
     """
+    if out is not None and out.suffix.lower() not in (*page.SUFFIXES, *plot.FORMATS):
+        raise UserError(f"{out}: end the name in .html for a page, or in .png, .pdf or .svg")
     rows = comparison.compare(runs)
-    if out is not None:
+    if out is not None and out.suffix.lower() in page.SUFFIXES:
+        page.beside(
+            runs, out, limits=Limits(images, training_images, device, trust), overrides=overrides,
+            progress=sys.stderr.isatty(),
+        )  # fmt: skip
+    elif out is not None:
         plot.bpd_curves(out, runs)
     print(comparison.table(rows))
 
@@ -66,6 +120,7 @@ def entropy(
     batch: int = 100,
     json: Path | None = None,
     out: Path | None = None,
+    trust: bool = False,
     overrides: Overrides = (),
 ) -> None:
     """What leaves split flows, and what stays: the entropy of every channel, on test images.
@@ -76,20 +131,22 @@ def entropy(
         limit: use the first so many images, 0 for all.
         batch: images at once.
         json: file to write the numbers to.
-        out: PNG file for the figure, a panel for each split.
+        out: PNG, PDF or SVG file for the figure, a panel for each split.
+        trust: run the code that the run names of its own, if it does: read it first.
         overrides: settings of data, solver and trace, section.key=value.
     """
     if not runs:
         raise UserError("no runs to look at; name at least one run folder")
     if out is not None:
-        check_png(out)
+        plot.check_figure(out)
     given = [f"data.name={dumps(data)}"] if data else []
     opened = []
     for run in runs:
-        levels = splitting(checkpoint.load(run))
+        levels = splitting(checkpoint.load(run, trust=trust))
         set_solvers(levels, override({}, overrides))
         settings = finest_config(run, [*given, *overrides])
-        opened.append((levels, open_images(settings.data, levels[0].model, "test")))
+        images = open_images(settings.data, levels[0].model, "test", run=run, trust=trust)
+        opened.append((levels, images))
     found = []
     for run, (levels, images) in zip(runs, opened, strict=True):
         pixels = images.pixels[: limit or None]

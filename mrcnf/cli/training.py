@@ -10,7 +10,7 @@ import tyro
 from tqdm import tqdm
 
 from mrcnf import demo as demonstration
-from mrcnf import seeds
+from mrcnf import plugins, seeds
 from mrcnf.cli.common import Overrides, Paths, Run, speaks
 from mrcnf.codec import tuning
 from mrcnf.errors import UserError
@@ -18,7 +18,7 @@ from mrcnf.runs import assemble as assembling
 from mrcnf.runs import calibration, checkpoint
 from mrcnf.runs import config as configuration
 from mrcnf.runs.calibration import fields_of
-from mrcnf.runs.extend import extended_config, finest_config
+from mrcnf.runs.extend import extended_config, finest_config, finest_folder
 from mrcnf.runs.images import open_images
 from mrcnf.training import levels as training
 from mrcnf.training.calibrate import calibrate as fit_heads
@@ -61,7 +61,8 @@ def train(
     if dry_run:
         print(configuration.to_toml(settings.at_level(level) if level else settings), end="")
         return
-    run = training.train(settings, level or None, out, resume=resume, joint=joint)
+    with plugins.beside(config.parent):
+        run = training.train(settings, level or None, out, resume=resume, joint=joint)
     _say_trained(run, [level] if level else list(settings.model.resolutions))
 
 
@@ -70,6 +71,7 @@ def extend(
     resolution: int,
     out: Path | None = None,
     resume: bool = False,
+    trust: bool = False,
     overrides: Overrides = (),
 ) -> None:
     """Add the next finest level to a trained model, and train that level alone.
@@ -79,34 +81,43 @@ def extend(
         resolution: of the new level, twice the finest one's.
         out: run folder for the larger model (the old levels are copied); RUN by default.
         resume: go on from the new level's checkpoint.
+        trust: run the code that the run names of its own, if it does: read it first.
         overrides: settings of the new level, section.key=value; the others are the finest level's.
     """
     target = out or run
-    settings = extended_config(run, target, resolution, overrides, resume)
+    settings = extended_config(run, target, resolution, overrides, resume, trust=trust)
 
     def copy() -> None:
         if target != run:
-            assembling.assemble([run], target, keep=resume)
+            assembling.assemble([run], target, keep=resume, trust=trust)
 
-    training.train_levels(settings, [resolution], target, resume=resume, ready=copy)
+    with plugins.beside(checkpoint.level_folder(target, resolution), finest_folder(run)):
+        training.train_levels(settings, [resolution], target, resume=resume, ready=copy)
     _say_trained(target, [resolution])
 
 
-def assemble(runs: Paths, out: Path, half: bool = False) -> None:
+def assemble(runs: Paths, out: Path, half: bool = False, trust: bool = False) -> None:
     """Copy levels that were trained in different run folders into one.
 
     Args:
         runs: run folders whose levels belong together.
         out: run folder to make.
         half: make copies for use only, with float16 weights and nothing to resume from.
+        trust: run the code that the runs name of their own, if they do: read it first.
     """
     if not runs:
         raise UserError("no levels to assemble; name at least one run folder")
-    print(f"{out}: levels {', '.join(map(str, assembling.assemble(runs, out, half=half)))}")
+    levels = assembling.assemble(runs, out, half=half, trust=trust)
+    print(f"{out}: levels {', '.join(map(str, levels))}")
 
 
 def calibrate(
-    run: Run, level: int = 0, steps: int = 600, images: int = 16, overrides: Overrides = ()
+    run: Run,
+    level: int = 0,
+    steps: int = 600,
+    images: int = 16,
+    trust: bool = False,
+    overrides: Overrides = (),
 ) -> None:
     """Teach a trained run, on its training images, what makes `compress` write smaller files.
 
@@ -119,17 +130,19 @@ def calibrate(
         level: calibrate this level alone; 0: all that can be.
         steps: of the heads' training, of 32 images each: minutes on one core for a level of 32×32.
         images: that settings are tried on; 0: keep those that there are.
+        trust: run the code that the run names of its own, if it does: read it first.
         overrides: settings of data, section.key=value.
     """
     if steps < 1 or images < 0:
         raise UserError(f"--steps {steps} --images {images}: train the heads for at least 1 step")
-    model = checkpoint.load(run)
+    model = checkpoint.load(run, trust=trust)
     levels = [model.level(level)] if level else [own for own in model if own.flow.solved]
     if not levels:
         raise UserError(f"{run} has no continuous flow: the steps of others are exact as they are")
     if others := configuration.override({}, overrides).keys() - {"data"}:
         raise UserError(f"{min(others)} has no part in calibration; it takes settings of data")
-    data = open_images(finest_config(run, overrides).data, model.config, "train")
+    settings = finest_config(run, overrides)
+    data = open_images(settings.data, model.config, "train", run=run, trust=trust)
     folders, shown = checkpoint.find_levels(run), sys.stderr.isatty()
     for own in levels:
         if fields_of(own) or level:

@@ -15,7 +15,6 @@ from mrcnf.cli.common import Overrides, Run, note_unfinished, speaks
 from mrcnf.codec import pictures
 from mrcnf.data import datasets
 from mrcnf.data.datasets import Images
-from mrcnf.data.imagefile import check_png
 from mrcnf.errors import UserError
 from mrcnf.measure import attack as attacks
 from mrcnf.measure import ood as detection
@@ -23,6 +22,7 @@ from mrcnf.measure.evaluate import set_solvers
 from mrcnf.measure.robustness import robustness
 from mrcnf.model.settings import ModelConfig
 from mrcnf.report import plot
+from mrcnf.report.plot import check_figure
 from mrcnf.runs import checkpoint
 from mrcnf.runs import config as configuration
 from mrcnf.runs.extend import finest_config
@@ -50,6 +50,7 @@ def attack(
     save: Path | None = None,
     plot: Path | None = None,
     device: str = "auto",
+    trust: bool = False,
     overrides: Overrides = (),
 ) -> None:
     """Alter test images within ±ε grey levels until they cost the model many bits.
@@ -70,12 +71,14 @@ def attack(
         seed: of starts, noise and probes.
         json: file to write the numbers to.
         save: NAME.npz for the attacked images; with several ε, NAME-eE.npz each.
-        plot: PNG file for bits/dim against the number of steps; attacks with fewer steps too.
+        plot: PNG, PDF or SVG file for bits/dim against the number of steps; attacks with fewer
+            steps too.
         device: auto, cpu, cuda, cuda:N.
+        trust: run the code that the run names of its own, if it does: read it first.
         overrides: settings of data, solver and trace, section.key=value.
     """
     if plot is not None:
-        check_png(plot)
+        check_figure(plot)
     if save is not None and save.suffix != ".npz":
         raise UserError(f"{save}: attacked images are written as an archive; end the name in .npz")
     if limit < 0:
@@ -84,13 +87,13 @@ def attack(
     settings = _settings(run, data, overrides)
     changes = configuration.override({}, overrides)
     with runtime.processes(device) as where:
-        levels = list(checkpoint.load(run, where))
+        levels = list(checkpoint.load(run, where, trust=trust))
         set_solvers(levels, changes)
         others = None
         if transfer is not None:
-            others = list(checkpoint.load(transfer, where))
+            others = list(checkpoint.load(transfer, where, trust=trust))
             set_solvers(others, changes)
-        images = open_images(settings.data, levels[0].model, "test")
+        images = open_images(settings.data, levels[0].model, "test", run=run, trust=trust)
         found = robustness(
             levels,
             images.pixels[: limit or None],
@@ -135,6 +138,7 @@ def ood(
     json: Path | None = None,
     plot: Path | None = None,
     device: str = "auto",
+    trust: bool = False,
     overrides: Overrides = (),
 ) -> None:
     """Tell test images of the training data from others by their scores: AUROC with intervals.
@@ -151,24 +155,26 @@ def ood(
         batch: images at once.
         seed: of noise, probes, images that are drawn, and resamples.
         json: file to write the numbers to.
-        plot: PNG file for histograms of the scores.
+        plot: PNG, PDF or SVG file for histograms of the scores.
         device: auto, cpu, cuda, cuda:N.
+        trust: run the code that the run names of its own, if it does: read it first.
         overrides: settings of data, solver and trace, section.key=value.
     """
     if plot is not None:
-        check_png(plot)
+        check_figure(plot)
     if limit < 0 or min(draws, batch) < 1:
         raise UserError(
             f"draws {draws} and batch {batch} must be at least 1, and limit {limit} at least 0"
         )
     settings = _settings(run, data, overrides)
     with runtime.processes(device) as where:
-        levels = list(checkpoint.load(run, where))
+        levels = list(checkpoint.load(run, where, trust=trust))
         set_solvers(levels, configuration.override({}, overrides))
         detection.check_names(levels, scores)
         model = levels[0].model
-        inside = _first(open_images(settings.data, model, "test"), limit)
-        outside = _first(_outside(against, settings.data, model, inside, seed), limit)
+        test = open_images(settings.data, model, "test", run=run, trust=trust)
+        inside = test.first(limit or None)
+        outside = _outside(against, settings.data, model, inside, seed).first(limit or None)
         if min(len(inside), len(outside)) < 2:
             raise UserError("the sets have a single image; at least 2 are needed of either")
         training, left_out = None, ""
@@ -178,7 +184,8 @@ def ood(
                     finest_config(run).data, root=settings.data.root,
                     download=settings.data.download,
                 )  # fmt: skip
-                training = _first(open_images(own, model, "train"), limit).pixels
+                seen = open_images(own, model, "train", run=run, trust=trust)
+                training = seen.first(limit or None).pixels
             except UserError as error:
                 if scores:
                     raise
@@ -208,13 +215,6 @@ def _settings(run: Path, data: str, overrides: tuple[str, ...]) -> configuration
 def _budgets(steps: int) -> list[int]:
     """1, 2, 4, … and so many steps."""
     return [*(2**i for i in range(steps.bit_length()) if 2**i < steps), steps]
-
-
-def _first(images: Images, limit: int) -> Images:
-    if not limit:
-        return images
-    groups = None if images.groups is None else images.groups[:limit]
-    return Images(images.pixels[:limit], images.name, images.split, groups)
 
 
 def _outside(

@@ -36,6 +36,7 @@ def evaluate(
     tolerance: float | None = None,
     json: Path | None = None,
     device: str = "auto",
+    trust: bool = False,
     overrides: Overrides = (),
 ) -> None:
     """Bits per dimension on test images, by level and in total, with standard errors.
@@ -54,6 +55,7 @@ def evaluate(
             a standard error of about so many bits/dim; the run's evaluate.tolerance by default.
         json: file to write the numbers to.
         device: auto, cpu, cuda, cuda:N.
+        trust: run the code that the run names of its own, if it does: read it first.
         overrides: settings of data, evaluate, solver and trace, e.g. solver.steps=80.
     """
     numbers = {"limit": limit, "draws": draws, "batch": batch, "tolerance": tolerance}
@@ -62,12 +64,16 @@ def evaluate(
     assignments = [f"data.name={dumps(data)}"] if data else []
     settings = finest_config(run, [*assignments, *given, *overrides])
     with runtime.processes(device) as where:
-        model = [checkpoint.load_level(run, level, where)] if level else checkpoint.load(run, where)
+        model = (
+            [checkpoint.load_level(run, level, where, trust=trust)]
+            if level
+            else checkpoint.load(run, where, trust=trust)
+        )
         levels = list(model)
         evaluation.set_solvers(levels, configuration.override({}, overrides))
         if convergence:
             evaluation.check_solved(levels)
-        images = open_images(settings.data, levels[0].model, split)
+        images = open_images(settings.data, levels[0].model, split, run=run, trust=trust)
         how = settings.evaluate
         result = evaluation.evaluate(
             levels, images, **dataclasses.asdict(how), progress=sys.stderr.isatty()
@@ -94,6 +100,7 @@ def sample(
     zoom: int = 2,
     seed: int = 0,
     device: str = "auto",
+    trust: bool = False,
     overrides: Overrides = (),
 ) -> None:
     """Draw images and write them as one grid.
@@ -109,6 +116,7 @@ def sample(
         zoom: show each pixel as a square of this side.
         seed: of the noise.
         device: auto, cpu, cuda, cuda:N.
+        trust: run the code that the run names of its own, if it does: read it first.
         overrides: settings of data, for the training images, e.g. data.root=DIR.
     """
     if min(n, zoom) < 1:
@@ -122,12 +130,14 @@ def sample(
             f"sampling would ignore {sorted(ignored)[0]}; it takes settings of data, "
             "with --neighbours"
         )
-    model = checkpoint.load(run, runtime.choose_device(device))
+    model = checkpoint.load(run, runtime.choose_device(device), trust=trust)
     note_unfinished(run)
     among = None
     if neighbours:
         settings = finest_config(run, overrides)
-        among = open_images(settings.data, model.config, "train").pixels
+        among = open_images(
+            settings.data, model.config, "train", run=run, trust=trust
+        ).pixels
         if len(among) < neighbours:
             raise UserError(f"{neighbours} neighbours are more than the {len(among)} images")
         if size not in (None, tuple(among.shape[2:])):
@@ -154,6 +164,7 @@ def upscale(
     temperature: float = 1.0,
     seed: int = 0,
     device: str = "auto",
+    trust: bool = False,
 ) -> None:
     """Draw finer images of which the given ones, of any size, are averages.
 
@@ -169,10 +180,11 @@ def upscale(
         temperature: standard deviation of the latent noise.
         seed: of the noise.
         device: auto, cpu, cuda, cuda:N.
+        trust: run the code that the run names of its own, if it does: read it first.
     """
     if not images:
         raise UserError("no image to upscale; name at least one image file")
-    model = checkpoint.load(run, runtime.choose_device(device))
+    model = checkpoint.load(run, runtime.choose_device(device), trust=trust)
     for line in upscaling.upscale_files(
         model, images, out, level=level, reduce=reduce, draws=draws, temperature=temperature,
         seed=seed,

@@ -19,6 +19,7 @@ from mrcnf.codec.lane import Lane
 from mrcnf.codec.pyramid import total
 from mrcnf.codec.settings import Settings, default, with_steps
 from mrcnf.errors import UserError
+from mrcnf.flows.base import Flow
 from mrcnf.model.model import MultiResolutionFlow
 
 
@@ -100,11 +101,15 @@ def encode(
             afresh: a script that asks for several must be safe to import.
 
     Raises:
-        UserError: images or settings that the model cannot have, names that clash.
+        UserError: images or settings that the model cannot have, names that clash, a flow
+            without steps.
     """
     started = time.perf_counter()
     ans.require()
     images = _checked(model, images)
+    for flow in model.modules():
+        if isinstance(flow, Flow) and type(flow).steps is Flow.steps:
+            flow.steps()  # refuses, also where the images are so few that none would be taken
     names = [""] * len(images) if names is None else list(names)
     if len(names) != len(images):
         raise UserError(f"{len(images)} images and {len(names)} names: give each image one")

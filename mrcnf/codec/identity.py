@@ -15,7 +15,8 @@ def identity(model: MultiResolutionFlow) -> bytes:
     digest = hashlib.sha256()
     digest.update(repr(sorted(asdict(model.config).items())).encode())
     for level in model:
-        digest.update(repr(sorted(asdict(level.field).items())).encode())
+        field = {key: value for key, value in asdict(level.field).items() if value != {}}
+        digest.update(repr(sorted(field.items())).encode())  # no options: as it always was
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         plain = value.detach().cpu().contiguous()

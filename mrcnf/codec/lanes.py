@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from mrcnf import plugins
 from mrcnf.codec.pyramid import Tick
 from mrcnf.errors import UserError
 from mrcnf.model.model import MultiResolutionFlow
@@ -66,14 +67,15 @@ def each(
 
     Args:
         function: of a module, is given the model, a job, and what to tell how much is done.
-        workers: processes, at most as many as there are jobs; with 1, all is done in this one.
+        workers: processes, at most as many as there are jobs; with 1, or where the model has a
+            user's own code from a file, which others would not find, all is done in this one.
 
     Raises:
         UserError: no such number of processes, or one of them is gone.
     """
     check(workers)
     workers = min(workers, len(jobs))
-    if workers <= 1:
+    if workers <= 1 or plugins.made_of_files(type(module) for module in model.modules()):
         return [function(model, job, bar.update) for job in jobs]
     context = get_context("spawn")
     counter = context.Value("q", 0)

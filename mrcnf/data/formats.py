@@ -15,12 +15,15 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from mrcnf.data.imagefile import reading
+from mrcnf.data.streams import PART, Stream, of_array
 from mrcnf.errors import UserError
 
 
@@ -29,14 +32,51 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
     The pixels are the array `images` or `data`: uint8 (N,H,W,C), (N,H,W) or (N,3·H·H), C = 1 or 3.
     """
+    stream, photo = open_npz(path)
+    return stream.array(), photo
+
+
+def open_npz(path: Path) -> tuple[Stream, np.ndarray | None]:
+    """As `read_npz`, but the pixels are read, and unpacked, a part at a time."""
     with reading(path, "an npz archive"), zipfile.ZipFile(path) as archive:
-        names, arrays = archive.namelist(), {}
-        for key in ("images", "data", "photo"):
-            if f"{key}.npy" in names:
-                arrays[key] = _npy(archive, archive.getinfo(f"{key}.npy"), path.stat().st_size)
-    pixels, photo = arrays.get("images", arrays.get("data")), arrays.get("photo")
-    if pixels is None:
-        raise UserError(f"{path}: has no array 'images' or 'data'; give it one")
+        names = archive.namelist()
+        member = next((f"{k}.npy" for k in ("images", "data") if f"{k}.npy" in names), None)
+        if member is None:
+            raise UserError(f"{path}: has no array 'images' or 'data'; give it one")
+        with _npy(archive, member, path) as (_, shape, fortran, dtype):
+            pass
+        photo = _array(archive, "photo.npy", path) if "photo.npy" in names else None
+        whole = _array(archive, member, path) if fortran else None
+    if photo is not None and (photo.shape != shape[:1] or photo.dtype.kind not in "USiu"):
+        raise UserError(f"{path}: 'photo' must hold one name or number for each image")
+    if whole is not None:  # its images lie across one another
+        return replace(of_array(_channels_first(whole, path)), files=(path,)), photo
+    alike = _channels_first(np.broadcast_to(np.empty((), dtype), shape), path)  # takes no memory
+    size = max(1, math.prod(shape[1:]))
+    step = max(1, PART // size)
+
+    def parts(start: int) -> Iterator[np.ndarray]:
+        with (
+            reading(path, "an npz archive"),
+            zipfile.ZipFile(path) as archive,
+            _npy(archive, member, path) as (file, *now),
+        ):
+            if tuple(now) != (shape, fortran, dtype):
+                raise ValueError("it has changed")
+            file.seek(start * size, io.SEEK_CUR)
+            for first in range(start, shape[0], step):
+                count = min(step, shape[0] - first)
+                if len(data := file.read(count * size)) < count * size:
+                    raise ValueError("truncated")
+                yield _channels_first(np.frombuffer(data, dtype).reshape(-1, *shape[1:]), path)
+            if file.read(1):
+                raise ValueError("longer than it says")
+
+    count, channels, height, width = alike.shape
+    return Stream((count, channels, height, width), parts, files=(path,)), photo
+
+
+def _channels_first(pixels: np.ndarray, path: Path) -> np.ndarray:
     if pixels.ndim == 3:
         pixels = pixels[..., None]
     if pixels.ndim == 2 and 3 * (side := math.isqrt(pixels.shape[1] // 3)) ** 2 == pixels.shape[1]:
@@ -44,25 +84,45 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3):
         raise UserError(f"{path}: images are {pixels.dtype} {pixels.shape}; they must be uint8 "
                         "(N,H,W,C), (N,H,W) or (N,3·H·H), with C = 1 or 3")
-    if photo is not None and (photo.shape != (len(pixels),) or photo.dtype.kind not in "USiu"):
-        raise UserError(f"{path}: 'photo' must hold one name or number for each image")
-    return pixels.transpose(0, 3, 1, 2), photo
+    return pixels.transpose(0, 3, 1, 2)
 
 
-def _npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, length: int) -> np.ndarray:
+@contextmanager
+def _npy(
+    archive: zipfile.ZipFile, name: str, path: Path
+) -> Iterator[tuple[IO[bytes], tuple[int, ...], bool, np.dtype]]:
+    """A member's file, after its header, and what that says: shape, Fortran's order, type."""
+    member, length = archive.getinfo(name), path.stat().st_size
     # Both sizes come from the file. Deflate expands by 1032 at most; other methods have no bound.
     ratio = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}[member.compress_type]
     if member.compress_size > length or member.file_size > ratio * member.compress_size:
-        raise ValueError(f"{member.filename} claims more bytes than the file has")
-    data = archive.read(member)
-    stream = io.BytesIO(data)
-    first = np.lib.format.read_magic(stream) == (1, 0)
-    header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = header(stream)
-    if dtype.hasobject:
-        raise ValueError(f"{member.filename} holds pickled objects, which are not loaded")
-    flat = np.frombuffer(data[stream.tell() :], dtype)
-    return flat.reshape(shape, order="F" if fortran else "C")
+        raise ValueError(f"{name} claims more bytes than the file has")
+    with archive.open(member) as file:
+        shape, fortran, dtype = npy_header(file)
+        if dtype.hasobject:
+            raise ValueError(f"{name} holds pickled objects, which are not loaded")
+        if math.prod(shape) * dtype.itemsize > member.file_size:
+            raise ValueError(f"{name} claims more than it holds")
+        yield file, shape, fortran, dtype
+
+
+def _array(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
+    with _npy(archive, name, path) as (file, shape, fortran, dtype):
+        flat = np.frombuffer(file.read(), dtype)
+        return flat.reshape(shape, order="F" if fortran else "C")
+
+
+def read_array(path: Path) -> np.ndarray:
+    """The array of a .npy file; never unpickles."""
+    with reading(path, "a .npy file"):
+        return np.load(path, allow_pickle=False)
+
+
+def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran's order, and type, of an array in NumPy's format; ValueError."""
+    first = np.lib.format.read_magic(file) == (1, 0)
+    read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+    return read(file)
 
 
 class _Inert:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from mrcnf import files
 from mrcnf.errors import UserError
 
+GREY = ("1", "L", "LA")  # Pillow's modes that become one channel
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF")
 MAX_PIXELS = 64 * 2**20  # of one image file: a few damaged bytes could ask for gigabytes
 
@@ -57,12 +58,26 @@ def read_image(path: str | Path, *, channels: int | None = None) -> torch.Tensor
     return pixels
 
 
+def image_shape(path: Path) -> tuple[int, int, int]:
+    """What `read_image` will give, (C, H, W), from the beginning of the file.
+
+    Raises UserError for files that are missing or not images.
+    """
+    with reading(path, "a PNG, JPEG, BMP, WebP or GIF image"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(path, formats=FORMATS) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            width, height = image.size[::-1] if turned else image.size
+            return (1 if image.mode in GREY else 3), height, width
+
+
 def _plain(image: Image.Image, path: Path) -> Image.Image:
     """The image in mode L or RGB, if nothing is lost thereby."""
     clear = image.has_transparency_data
     if clear and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
         raise UserError(f"{path}: is partly transparent; flatten it onto a background first")
-    if image.mode in ("1", "L", "LA"):
+    if image.mode in GREY:
         return image.convert("L")
     if image.mode in ("P", "PA", "RGB", "RGBA"):
         return image.convert("RGB")

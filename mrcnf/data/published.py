@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mrcnf.data.formats import read_cifar, read_idx, read_mat, read_npz
-from mrcnf.data.reduce import halve
+from mrcnf.data.formats import open_npz, read_cifar, read_idx, read_mat
+from mrcnf.data.streams import Stream, chained, of_array
 from mrcnf.errors import UserError
 
 
@@ -17,7 +17,7 @@ from mrcnf.errors import UserError
 class Published:
     """One published set: how its files are read, what they hold, where they lie or come from."""
 
-    read: Callable[[Path], np.ndarray]
+    read: Callable[[Path], np.ndarray | Stream]
     shape: tuple[int, int, int]  # (C, H, W)
     folders: tuple[str, ...]  # below the root; downloaded files go to the first
     files: Mapping[str, tuple[str, ...]]  # by split; NAME.gz may also lie there as NAME
@@ -31,7 +31,7 @@ def _imagenet(size: int) -> Published:
     files = {"train": train, "test": ("val_data.npz",), "val": ("val_data.npz",)}
     remedy = "an account at https://image-net.org gives access to the downsampled images (npz)"
     folders = (f"imagenet{size}", "")
-    return Published(lambda path: read_npz(path)[0], (3, size, size), folders, files, remedy=remedy)
+    return Published(lambda path: open_npz(path)[0], (3, size, size), folders, files, remedy=remedy)
 
 
 _CIFAR = "https://www.cs.toronto.edu/~kriz/cifar-{}-python.tar.gz"
@@ -63,10 +63,10 @@ PUBLISHED: Mapping[str, Published] = {
 }
 
 
-def read(
+def stream(
     name: str, split: str, root: Path, resolution: int | None, limit: int | None, download: bool
-) -> np.ndarray:
-    """One split of the published set `name`, a key of `PUBLISHED`: uint8 (N, C, H, W).
+) -> Stream:
+    """One split of the published set `name`, a key of `PUBLISHED`.
 
     `root`, `resolution`, `limit` and `download` as in `mrcnf.data.load`; files after those that
     `limit` needs are not opened.
@@ -87,15 +87,16 @@ def read(
             fetch = f"get {url} or give --data.download true (needs pip install 'mrcnf[data]')"
             raise UserError(f"{name}: {file} was not found in {places}; {source.remedy} "
                             f"{fetch if url else ''}; --data.root DIR or MRCNF_DATA say where")
-        part = source.read(path)
+        found = source.read(path)
+        part = found if isinstance(found, Stream) else of_array(found)
         if part.shape[1:] != source.shape:
             raise UserError(f"{path}: images are (C,H,W) = {part.shape[1:]}, not {source.shape}; "
                             f"replace it with {name}'s own file")
-        parts.append(halve(part[: limit and limit - count], resolution, path))
+        parts.append(part.first(limit and limit - count).halved(resolution, path))
         count += len(parts[-1])
         if count == limit:
             break
-    return np.concatenate(parts)
+    return chained(parts)
 
 
 def _find(source: Published, file: str, root: Path) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ class FlowResult:
     """Dimensions D of one image's y."""
     latent: Tensor
     """The noise reached, shaped as y."""
-    statistics: Statistics
+    statistics: Statistics = field(default_factory=Statistics)
     kinetic: Tensor | None = None
     """(N,): ∫ mean_d f_d² dt, summed over blocks (Finlay et al. 2020)."""
     frobenius: Tensor | None = None
@@ -162,6 +162,8 @@ class Flow(nn.Module, ABC):
     """Whether a solver carries it, whose settings matter."""
     reorders: bool = False
     """Whether it has orders that are measured (`reorder`)."""
+    halvings: int = 0
+    """How often it halves height and width, which must allow that."""
 
     @abstractmethod
     def log_prob(
@@ -198,7 +200,6 @@ class Flow(nn.Module, ABC):
     ) -> Tensor:
         """Carry y (N, C, H, W) from data to noise, or backwards, without its density."""
 
-    @abstractmethod
     def steps(
         self,
         condition: Tensor | None = None,
@@ -216,7 +217,13 @@ class Flow(nn.Module, ABC):
             trace: how `Step.log_scale` finds a diagonal: exact, or estimated from probes.
             seed: of the probes, which are the same whenever a step is asked.
             tolerance: largest element of forward(backward(z)) - z.
+
+        Raises:
+            UserError: it has none, and so cannot be coded.
         """
+        raise UserError(
+            f"{self.name}: a {type(self).__name__} defines no steps(), which a codec needs"
+        )
 
     def pieces(
         self, condition: Tensor | None = None, solver: Solver | None = None
@@ -224,13 +231,20 @@ class Flow(nn.Module, ABC):
         """As `steps`, in the form that is coded best; `solver` as for `Flow.log_prob`."""
         return self.steps(condition, solver)
 
-    @abstractmethod
     def compile(self, **options: Any) -> None:
-        """Compile the networks with torch.compile, for all of the above and for training."""
+        """Compile the networks with torch.compile, for all of the above and for training.
 
-    @abstractmethod
+        Raises:
+            UserError: it does not say how.
+        """
+        raise UserError(
+            f"{self.name}: a {type(self).__name__} defines no compile(); set train.compile and "
+            "evaluate.compile to false"
+        )
+
     def hidden_weights(self) -> list[nn.Parameter]:
         """The convolution weights between hidden layers, which Muon may train."""
+        return []
 
     def calibrate(self, noise: Tensor, cells: Tensor) -> None:
         """Learn the units of the data, see `velocity.Field.calibrate`."""

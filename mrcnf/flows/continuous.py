@@ -43,6 +43,7 @@ class ContinuousFlow(Flow):
         self.fields = nn.ModuleList(fields)
         self.name = name
         self.tied_to_size = any(field.tied_to_size for field in fields)
+        self.halvings = max((field.halvings for field in fields), default=0)
 
     def __iter__(self) -> Iterator[Field]:
         for field in self.fields:

@@ -57,6 +57,7 @@ class CouplingFlow(Flow):
         super().__init__()
         self.name, self.tied_to_size = name, attention
         self.squeezes = channels == 1
+        self.halvings = self.squeezes + scales - 1
         if self.squeezes:
             channels, coarse_channels = 4 * channels, 4 * coarse_channels
         self.couplings = nn.ModuleList(

@@ -84,6 +84,7 @@ class MultiscaleFlow(Flow):
         gates = [_Gate(width, told, shuffle, prior) for width in widths[:-1]]
         self.flows, self.gates = nn.ModuleList(flows), nn.ModuleList(gates)
         self.tied_to_size = any(flow.tied_to_size for flow in flows)
+        self.halvings = splits + 1 + max(flow.halvings for flow in flows)
         self.solved = any(flow.solved for flow in flows)
         self.reorders = any(gate.shuffle.measured for gate in gates)
 

@@ -64,7 +64,7 @@ class ResidualField(ResidualBlocks, Field):
         super().__init__(
             channels + 2 * lattice, 2 * channels, width, depth, scales, attention
         )
-        self.channels, self.path = channels, path
+        self.channels, self.path, self.halvings = channels, path, scales - 1
         self.lattice = Lattice(channels, coarse_channels, lattice) if lattice else None
         self.time = nn.Sequential(
             nn.Linear(TIME_FEATURES, 2 * width), nn.SiLU(),

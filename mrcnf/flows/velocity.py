@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from mrcnf import runtime
+from mrcnf.errors import UserError
 from mrcnf.flows.near_diagonal import Neighbours
 from mrcnf.flows.tangents import Dual
+from mrcnf.flows.trace import linearise
 
 
 class Local(NamedTuple):
@@ -27,7 +29,10 @@ class Local(NamedTuple):
 
 
 class Field(nn.Module):
-    """Base of the velocity fields: subclasses define `run`, and `context` if they wish.
+    """Base of the velocity fields: subclasses define `run` or `value`, and `context` if they wish.
+
+    `value` may be any PyTorch code; products with the Jacobian are then PyTorch's forward-mode
+    derivatives. `run` says them itself, for value and tangents in one pass, which is faster.
 
     f(t, y) takes y (N, C, H, W) of any height and width, and t, a scalar or (N,), and returns the
     velocity, shaped as y. `context` turns a coarse image into what `run` wants of it, once per
@@ -36,10 +41,12 @@ class Field(nn.Module):
 
     tied_to_size = False
     """Whether it is of use at the height and width alone that it was trained on."""
+    halvings = 0
+    """How often it halves height and width on its way, which must allow that."""
 
     def run(self, t: Tensor, y: Dual, context: Tensor | None) -> Dual:
         """f(t, y) with, where y has tangents, their images under ∂f/∂y."""
-        raise TypeError(f"{type(self).__name__} does not define run()")
+        raise TypeError(f"{type(self).__name__} does not define run() or value()")
 
     def context(self, coarse: Tensor | None) -> Tensor | None:
         return coarse
@@ -75,6 +82,8 @@ class Field(nn.Module):
         self, t: Tensor, y: Tensor, tangents: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """f(t, y) and J·e for tangents (K, N, …), in one pass."""
+        if type(self).run is Field.run:
+            return linearise(lambda t, y: self.value(t, y, context), t, y, tangents)
         answer = self.run(t, Dual(y, tangents), context)
         assert answer.tangents is not None
         return answer.value.to(y.dtype), answer.tangents.to(y.dtype)
@@ -84,7 +93,7 @@ class Field(nn.Module):
         return Local(self.value(t, y, context), torch.zeros_like(y))
 
     def forward(self, t: Tensor, y: Tensor, coarse: Tensor | None = None) -> Tensor:
-        return self.value(t, y, self.context(coarse))
+        return _shaped(self, self.value(t, y, self.context(coarse)), y)
 
     def compile(self, **options: Any) -> None:
         """Compile f as a whole, for flow matching, and in the parts that solvers call."""
@@ -98,7 +107,7 @@ class Conditioned:
         self.field, self.context = field, field.context(coarse)
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        return self.field.value(t, y, self.context)
+        return _shaped(self.field, self.field.value(t, y, self.context), y)
 
     def local(self, t: Tensor, y: Tensor) -> Local:
         """f(t, y) and something about ∂f/∂y, see `Field.local`."""
@@ -106,4 +115,15 @@ class Conditioned:
 
     def push(self, t: Tensor, y: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
         """f(t, y) and J·e for tangents (K, N, …), in one pass."""
-        return self.field.push(t, y, tangents, self.context)
+        value, pushed = self.field.push(t, y, tangents, self.context)
+        return _shaped(self.field, value, y), pushed
+
+
+def _shaped(field: Field, value: Tensor, y: Tensor) -> Tensor:
+    """The value, refused where it would be broadcast."""
+    if value.shape != y.shape:
+        raise UserError(
+            f"{type(field).__name__} answers y of shape {tuple(y.shape)} with "
+            f"{tuple(value.shape)}; a velocity is shaped as y"
+        )
+    return value

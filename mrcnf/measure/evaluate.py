@@ -62,9 +62,14 @@ class Evaluation:
     number of images that it is of."""
     convergence: list[dict[str, Any]] = field(default_factory=list)
     """The same noise and probes on a subset, solved more and more finely."""
+    bits: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False, compare=False)
+    """Each level's share of the bits per dimension of each image, (levels, images), of few
+    steps where there is a correction; not in the JSON."""
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
+        table = asdict(self)
+        del table["bits"]
+        return json.dumps(table, indent=2)
 
     def __str__(self) -> str:
         total = f"{self.bpd:.4f} ± {self.bpd_stderr:.4f} bits/dim"
@@ -129,14 +134,8 @@ def evaluate(
         )
     if isinstance(images, Tensor):
         images = Images(images, "a tensor", "")
+    images = images.first(limit or None)
     check_images(images.pixels, levels[0].model.channels)
-    if limit:
-        images = Images(
-            images.pixels[:limit],
-            images.name,
-            images.split,
-            None if images.groups is None else images.groups[:limit],
-        )
     if len(images) < 2:
         raise UserError(
             f"{images.name} has {len(images)} images to evaluate; at least 2 are needed"
@@ -191,6 +190,7 @@ def evaluate(
         solver=_common(report.solver for report in reports),
         seconds=time.perf_counter() - started,
         corrected=corrected,
+        bits=bits,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mrcnf import runtime
+from mrcnf import plugins, runtime
 from mrcnf.errors import UserError
 from mrcnf.flows.base import Flow, FlowResult
 from mrcnf.flows.solve import Solver, Statistics
@@ -24,7 +24,7 @@ from mrcnf.image import pyramids
 from mrcnf.image.bits import log_prob_of_integers
 from mrcnf.image.learned_noise import LearnedNoise
 from mrcnf.image.straight import floor
-from mrcnf.model.building import build_flow, halvings
+from mrcnf.model.building import build_flow, try_out
 from mrcnf.model.settings import FieldConfig, FlowConfig, ModelConfig
 from mrcnf.model.standardisation import Standardisation
 
@@ -83,12 +83,6 @@ class Level(nn.Module):
         self.channels = model.channels * (1 if self.is_base else 3)
         coarse_channels = 0 if self.is_base else model.channels
         side = resolution // (1 if self.is_base else 2)
-        self._halved = halvings(self.flow_config, self.field, self.channels)
-        if side % 2**self._halved:
-            raise UserError(
-                f"level {resolution} works on {side}×{side} positions, which cannot be halved "
-                f"{self._halved} times; lower flow.splits or field.scales"
-            )
         if self._seen_integers and self._through_logit:
             raise UserError(
                 f"level {resolution}: a logit bends the lattice of integers; set "
@@ -102,6 +96,14 @@ class Level(nn.Module):
             lattice=self._seen_integers,
             name=f"level {resolution}",
         )
+        if side % 2**self.flow.halvings:
+            raise UserError(
+                f"level {resolution} works on {side}×{side} positions, which cannot be halved "
+                f"{self.flow.halvings} times; lower flow.splits or field.scales"
+            )
+        for kind in (self.flow_config.kind, self.field.kind):
+            if plugins.is_own(kind):
+                try_out(self.flow, kind, self.channels, coarse_channels, side)
         self.learned_noise = None
         if model.dequantisation == "variational" and self.pyramid.learns_noise(self.halvings):
             pairs = 0 if self.is_base or self.pyramid.own_noise else model.channels
@@ -121,7 +123,7 @@ class Level(nn.Module):
         """
         if self.flow.tied_to_size:
             return self.model.finest
-        return 2 ** (self.halvings + (not self.is_base) + self._halved)
+        return 2 ** (self.halvings + (not self.is_base) + self.flow.halvings)
 
     @property
     def device(self) -> torch.device:

@@ -175,11 +175,28 @@ class MultiResolutionFlow(nn.Module):
             size: H and W, multiples of `multiple`; by default the finest resolution.
             temperature: standard deviation of the latent noise, for all levels or by level.
         """
+        drawn = self.sample_levels(
+            n, size=size, temperature=temperature, generator=generator, solver=solver
+        )
+        return drawn[self.config.finest]
+
+    @torch.no_grad()
+    def sample_levels(
+        self,
+        n: int,
+        *,
+        size: tuple[int, int] | None = None,
+        temperature: Temperature = 1.0,
+        generator: torch.Generator | None = None,
+        solver: Solver | None = None,
+    ) -> dict[int, Tensor]:
+        """The images that `sample` draws, and those that they grew from: uint8 by resolution."""
         size = size or (self.config.finest, self.config.finest)
         if n < 0 or len(size) != 2:
             raise UserError(f"cannot draw {n} images of size {size}; give a number and (H, W)")
         check_size(self, size)
-        return self._quantise(self._grow(self, n, size, None, temperature, generator, solver)[-1])
+        grown = self._grow(self, n, size, None, temperature, generator, solver)
+        return {r: self._quantise(x) for r, x in zip(self.resolutions, grown, strict=True)}
 
     @torch.no_grad()
     def upscale(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
+from typing import Any
 
+from mrcnf import plugins
 from mrcnf.errors import UserError
-from mrcnf.flows import fields, multiscale, paths, shuffle
+from mrcnf.flows import multiscale, paths, shuffle
+from mrcnf.flows.fields import FIELDS
 from mrcnf.image import noise, pyramids
 
 BASES = ("affine", "logit")
@@ -71,7 +74,8 @@ class FieldConfig:
     """The velocity network of one level."""
 
     kind: str = "residual"
-    """residual (the default) or paper (four 3×3 convolutions, softplus)."""
+    """residual (the default), paper (four 3×3 convolutions, softplus), or MODULE:OBJECT, a class of
+    your own, which is told its `options` instead of what follows."""
     width: int = 48
     """Channels of the hidden layers."""
     depth: int = 4
@@ -88,10 +92,11 @@ class FieldConfig:
     lattice: bool = False
     """Show the residual field where on the lattice of integers each pixel is: at the finest level,
     or at every level of an integer pyramid. Means of pixels blur their lattice too much."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a field of your own."""
 
     def __post_init__(self) -> None:
-        if self.kind not in fields.FIELDS:
-            raise UserError(f"field.kind {self.kind!r}: choose one of {', '.join(fields.FIELDS)}")
+        _check_own("field", self, FIELDS, ("width", "depth", "scales", "attention", "lattice"))
         if min(self.width, self.depth, self.scales, self.blocks) < 1:
             raise UserError(
                 "field.width, field.depth, field.scales and field.blocks must be at least 1"
@@ -109,8 +114,8 @@ class FlowConfig:
     """The flow of one level; `FieldConfig` has its networks."""
 
     kind: str = "continuous"
-    """continuous (a velocity field and an ODE) or coupling (affine couplings: exact, trained by
-    likelihood)."""
+    """continuous (a velocity field and an ODE), coupling (affine couplings: exact, trained by
+    likelihood), or MODULE:OBJECT, a class of your own, which is told its `options`."""
     couplings: int = 4
     """Couplings in sequence, at each scale of a split flow."""
     splits: int = 0
@@ -123,10 +128,12 @@ class FlowConfig:
     reorder_every: int = 200
     """Steps between measurements of the entropy order, in the first half of training; what was
     measured last is kept."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a flow of your own."""
 
     def __post_init__(self) -> None:
+        _check_own("flow", self, FLOWS, ("couplings",))
         for name, value, known in (
-            ("kind", self.kind, FLOWS),
             ("shuffle", self.shuffle, shuffle.SHUFFLES),
             ("prior", self.prior, multiscale.PRIORS),
         ):
@@ -150,3 +157,35 @@ class FlowConfig:
         if not self.splits:
             return f"{name} flow"
         return f"{name} flow, {self.splits} splits (shuffle {self.shuffle}, prior {self.prior})"
+
+
+def _check_own(
+    section: str,
+    settings: FieldConfig | FlowConfig,
+    known: tuple[str, ...],
+    theirs: tuple[str, ...],
+) -> None:
+    """A UserError unless a section's kind and what it is told go together.
+
+    Args:
+        known: kinds that there are.
+        theirs: settings that those are told, and a user's own is not.
+    """
+    if settings.kind in known:
+        if settings.options:
+            raise UserError(
+                f"{section}.options are of a {section} of your own; {section}.kind is "
+                f"{settings.kind}"
+            )
+        return
+    if not plugins.is_own(settings.kind):
+        raise UserError(
+            f"{section}.kind {settings.kind!r}: choose one of {', '.join(known)}, {plugins.OWN}"
+        )
+    for setting in fields(settings):
+        value = getattr(settings, setting.name)
+        if setting.name in theirs and value != setting.default:
+            raise UserError(
+                f"{section}.{setting.name} = {value} is not told to {settings.kind}; leave it out, "
+                f"or say it in [{section}.options]"
+            )

@@ -12,7 +12,7 @@ from mrcnf.runs import checkpoint, config, metrics
 
 # Where a run lies, what it is called, how long it goes and how it is watched: no difference.
 _ASIDE = ("name", "data.root", "train.log_every", "train.checkpoint_every", "train.device",
-          "train.evaluate_every", "train.tensorboard")  # fmt: skip
+          "train.evaluate_every", "train.sample_every", "train.tensorboard")  # fmt: skip
 
 
 @dataclass
@@ -92,13 +92,14 @@ def labels(runs: Sequence[Path]) -> list[str]:
 
 def _settings(path: Path) -> dict[str, Any]:
     """A level's configuration as dotted keys."""
-    pairs = _dotted(config.to_table(config.load(path)))
+    pairs = dotted(config.to_table(config.load(path)))
     return {key: value for key, value in pairs if key not in _ASIDE}
 
 
-def _dotted(nested: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def dotted(nested: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested tables as pairs of dotted keys and values."""
     pairs: list[tuple[str, Any]] = []
     for key, value in nested.items():
         inside = isinstance(value, dict)
-        pairs += _dotted(value, f"{prefix}{key}.") if inside else [(f"{prefix}{key}", value)]
+        pairs += dotted(value, f"{prefix}{key}.") if inside else [(f"{prefix}{key}", value)]
     return pairs

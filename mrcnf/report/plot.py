@@ -12,7 +12,6 @@ from pathlib import Path
 from torch import Tensor
 
 from mrcnf import files
-from mrcnf.data.imagefile import check_png
 from mrcnf.errors import UserError
 from mrcnf.image.grid import enlarge
 from mrcnf.measure.entropy import NORMAL, SplitEntropy
@@ -21,12 +20,15 @@ from mrcnf.measure.robustness import Row
 from mrcnf.report import compare
 from mrcnf.runs import checkpoint, metrics
 
+FORMATS = (".png", ".pdf", ".svg")
+"""What the name of a figure's file may end in; it says the format."""
 DPI = 130
 PICTURE = 169, 640
 """A panel's pictures in dots: the longer side is at least, and at most, so long."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
 """The colour-blind-safe palette of Okabe and Ito (2008), what stands out most on white first."""
 MARKERS, LINES = "osD^vP", ("-", "--", ":", "-.")
+TRAINING_TIME = "training time [min]"
 
 
 def upscaling_panel(
@@ -85,18 +87,28 @@ def _show(axis, image: Tensor) -> None:  # type: ignore[no-untyped-def]
 
 def training_curves(path: Path, run: Path) -> None:
     """The loss of every level of a run against training time in minutes."""
-    pyplot = _pyplot()
-    figure, axis = pyplot.subplots(figsize=(6, 3.6))
-    for resolution, folder in checkpoint.find_levels(run).items():
-        rows = [row for row in metrics.read(folder) if "loss" in row]
-        minutes = [row["seconds"] / 60 for row in rows]
-        axis.plot(minutes, smooth([row["loss"] for row in rows]), label=f"level {resolution}")
-    axis.set_xlabel("training time [min]")
+    figure, axis = _pyplot().subplots(figsize=(6, 3.6), layout="constrained")
+    for i, (resolution, folder) in enumerate(checkpoint.find_levels(run).items()):
+        draw_loss(axis, metrics.read(folder), label=f"level {resolution}", **line_style(i))
+    axis.set_xlabel(TRAINING_TIME)
     axis.set_ylabel("loss (running mean)")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
-    figure.tight_layout()
     _save(figure, path)
+
+
+def draw_loss(axis, rows: Sequence[Mapping[str, float]], **style: str) -> None:  # type: ignore[no-untyped-def]
+    """The running mean of a level's loss against training time, from the lines of its log."""
+    rows = [row for row in rows if "loss" in row]
+    minutes = [row["seconds"] / 60 for row in rows]
+    axis.plot(minutes, smooth([row["loss"] for row in rows]), **{**style, "marker": ""})
+
+
+def draw_bits(axis, curve: Sequence[Mapping[str, float]], **style: str):  # type: ignore[no-untyped-def]
+    """A level's share of the test bits/dim against training time; returns the line."""
+    minutes, bits = zip(*((row["seconds"] / 60, row["test_bpd"]) for row in curve), strict=True)
+    (line,) = axis.plot(minutes, bits, ms=3, **style)
+    return line
 
 
 def bpd_curves(path: Path, runs: Sequence[Path]) -> None:
@@ -124,12 +136,11 @@ def bpd_curves(path: Path, runs: Sequence[Path]) -> None:
     )
     handles = {}
     for resolution, i, curve in curves:
-        minutes, bits = zip(*((row["seconds"] / 60, row["test_bpd"]) for row in curve), strict=True)
         axis = axes[0][levels.index(resolution)]
-        (handles[i],) = axis.plot(minutes, bits, ms=3, label=names[i], **line_style(i))
+        handles[i] = draw_bits(axis, curve, label=names[i], **line_style(i))
     for axis, level in zip(axes[0], levels, strict=True):
         axis.set_title(f"level {level}", fontsize=10)
-        axis.set_xlabel("training time [min]")
+        axis.set_xlabel(TRAINING_TIME)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("share of the test bits/dim")
     shown = [handles[i] for i in sorted(handles)]
@@ -242,9 +253,26 @@ def _pyplot():  # type: ignore[no-untyped-def]
     return pyplot
 
 
+def check_figure(path: Path) -> None:
+    """A UserError unless a name ends in a format of figures."""
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"{path}: figures are PNG, PDF or SVG; end the name in {_or(FORMATS)}")
+
+
+def _or(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
+
+
 def _save(figure, path: Path) -> None:  # type: ignore[no-untyped-def]
-    check_png(path)
+    """Write a figure in the format that its file's name ends in, the same bytes every time."""
+    import matplotlib
+
+    check_figure(path)
+    form = path.suffix.lower()[1:]
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form, {})
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    # Type 42: letters stay letters in PDF, which journals ask for.
+    with matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "mrcnf"}):
+        figure.savefig(buffer, format=form, dpi=DPI, metadata=undated)
     _pyplot().close(figure)
     files.write(path, buffer.getvalue())

@@ -18,7 +18,12 @@ from mrcnf.runs.tensors import read_metadata, write_tensors
 
 
 def assemble(
-    runs: Iterable[Path | str], out: Path, *, keep: bool = False, half: bool = False
+    runs: Iterable[Path | str],
+    out: Path,
+    *,
+    keep: bool = False,
+    half: bool = False,
+    trust: bool = False,
 ) -> list[int]:
     """Copy the levels of several runs into one run folder; returns their resolutions.
 
@@ -27,13 +32,14 @@ def assemble(
         out: the new run folder.
         keep: leave levels that are there already as they are, instead of refusing.
         half: copies for use only: parameters in float16, without the state for resuming.
+        trust: run the code that the runs name, if they do.
 
     Raises:
         UserError: the levels do not make a model, one is there already, or a copy fails; then
             none that was begun is left.
     """
     runs = list(runs)
-    model = load(runs)  # proves that they fit, before anything is copied
+    model = load(runs, trust=trust)  # proves that they fit, before anything is copied
     folders = [pair for run in runs for pair in find_levels(run).items()]
     copies = {folder: level_folder(out, resolution) for resolution, folder in folders}
     if keep:
@@ -87,4 +93,5 @@ def _halved(path: Path, level: Level) -> dict[str, Tensor]:
 
 def _all_but_notes(_: str, names: list[str]) -> set[str]:
     """What of a level's folder a copy for use leaves out, or writes anew."""
-    return set(names) - {CONFIG, metrics.FILE, HEADS}
+    code = {name for name in names if name.endswith(".py")}
+    return set(names) - {CONFIG, metrics.FILE, HEADS} - code

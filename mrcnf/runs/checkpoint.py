@@ -6,6 +6,8 @@
                  config.toml           the resolved configuration, with the data's hash
                  metrics.jsonl         one line per log interval
                  codec.safetensors     what `mrcnf calibrate` found out for the codec
+                 MODULE.py             a user's own field, flow, data source or objective
+                 samples-STEP.png      what training drew as it went
 
 Levels are independent: any process may write its own level's folder, and folders copied
 together make a model. Files are written under a temporary name, then renamed.
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mrcnf import plugins
 from mrcnf.errors import UserError
 from mrcnf.flows.solve import Solver
 from mrcnf.flows.trace import Trace
@@ -46,7 +49,10 @@ def level_folder(run: Path, resolution: int) -> Path:
 def save_level(
     folder: Path, level: Level, weights: dict[str, Tensor], extra: dict[str, Any]
 ) -> None:
-    """Write a level for use: `weights` are its state_dict; `extra` joins the metadata."""
+    """Write a level for use: `weights` are its state_dict; `extra` joins the metadata.
+
+    In `extra`, "code" has the hashes of what is of the user's own (`plugins.hashes`).
+    """
     metadata = {
         "resolution": level.resolution,
         "model": dataclasses.asdict(level.model),
@@ -89,16 +95,21 @@ def find_levels(run: Path | str) -> dict[int, Path]:
 
 
 def load(
-    run: Path | str | Iterable[Path | str], device: torch.device | str = "cpu"
+    run: Path | str | Iterable[Path | str],
+    device: torch.device | str = "cpu",
+    *,
+    trust: bool = False,
 ) -> MultiResolutionFlow:
     """Open a trained model, in eval mode.
 
     Args:
         run: a run folder, or several that hold a level each.
         device: where the model is to live.
+        trust: run the code of fields and flows that the run names as `module:object`, if it does.
 
     Raises:
-        UserError: nothing trained there, levels missing or of different models, damaged files.
+        UserError: nothing trained there, levels missing or of different models, damaged files, or
+            code that is not trusted or does not fit.
     """
     runs = [run] if isinstance(run, (str, Path)) else list(run)
     files: dict[int, Path] = {}
@@ -109,24 +120,29 @@ def load(
             files[resolution] = path
     loaded = [_read_level(path / WEIGHTS) for _, path in sorted(files.items())]
     model = common_model([origin for origin, _, _ in loaded])
-    levels = [_build(model, *parts) for parts in loaded]
+    levels = [_build(model, *parts, trust) for parts in loaded]
     for level in levels:
         calibration.attach(files[level.resolution], level)
     # For use: whoever wants gradients by the weights turns them on with requires_grad_().
     return MultiResolutionFlow(levels).to(device).eval().requires_grad_(False)
 
 
-def load_level(run: Path | str, resolution: int, device: torch.device | str = "cpu") -> Level:
+def load_level(
+    run: Path | str, resolution: int, device: torch.device | str = "cpu", *, trust: bool = False
+) -> Level:
     """Open one trained level of a run that may lack the others, in eval mode.
 
+    Args:
+        trust: as for `load`.
+
     Raises:
-        UserError: the run has no such level, or its file is damaged.
+        UserError: the run has no such level, its file is damaged, or as `load`.
     """
     origin, tensors, metadata = _read_level(_weights_of(run, resolution))
     # Bits are per dimension of the finest image that any level of the run was made for.
     resolutions = {r for other in describe(run).values() for r in other["model"]["resolutions"]}
     model = dataclasses.replace(origin.model, resolutions=tuple(sorted(resolutions)))
-    level = _build(model, origin, tensors, metadata)
+    level = _build(model, origin, tensors, metadata, trust)
     return level.to(device).eval().requires_grad_(False)
 
 
@@ -170,16 +186,24 @@ def _read_level(path: Path) -> tuple[Origin, dict[str, Tensor], dict[str, Any]]:
 
 
 def _build(
-    model: ModelConfig, origin: Origin, tensors: dict[str, Tensor], metadata: dict[str, Any]
+    model: ModelConfig,
+    origin: Origin,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, Any],
+    trust: bool,
 ) -> Level:
-    level = Level(
-        model,
-        origin.resolution,
-        origin.field,
-        rebuilt(Solver, metadata["solver"], origin.path),
-        rebuilt(Trace, metadata["trace"], origin.path),
-        origin.flow,
-    )
+    folder, names = origin.path.parent, (origin.flow.kind, origin.field.kind)
+    plugins.require_trust(names, folder, trust)
+    with plugins.beside(folder):
+        level = Level(
+            model,
+            origin.resolution,
+            origin.field,
+            rebuilt(Solver, metadata["solver"], origin.path),
+            rebuilt(Trace, metadata["trace"], origin.path),
+            origin.flow,
+        )
+        plugins.warn_if_changed(metadata.get("code", {}), names, origin.path)
     _fill(level, tensors, origin.path)
     return level
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mrcnf import plugins
 from mrcnf.errors import UserError
 from mrcnf.flows.solve import Solver
 from mrcnf.flows.trace import Trace
@@ -26,6 +27,9 @@ from mrcnf.runs.settings import (
     EvaluateConfig,
     TrainConfig,
 )
+
+_WITH_OPTIONS = {"data": "name", "flow": "kind", "field": "kind", "train": "objective"}
+"""Sections that can name an object of the user's own, and the settings that do."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,12 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 def override(table: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """A copy of the table with `section.key=value` entries set; values as in TOML.
 
+    With a name of another object (`data.name`, `field.kind`, …), the options of the last one go.
+
     Raises:
         UserError: an assignment without "=".
     """
+    given: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
@@ -108,8 +115,15 @@ def override(table: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any
             value = text  # a bare word is a string
         for part in reversed(key.lstrip("-").split(".")):
             value = {part: value}
-        table = _merge(table, value)
-    return table
+        given = _merge(given, value)
+    changed = _merge(table, given)
+    for section, key in _WITH_OPTIONS.items():
+        old, new = table.get(section), given.get(section)
+        if not (isinstance(old, dict) and isinstance(new, dict)) or "options" not in old:
+            continue
+        if new.get(key, old.get(key)) != old.get(key):
+            changed[section]["options"] = new.get("options", {})
+    return changed
 
 
 def from_table(table: dict[str, Any], where: str = "configuration") -> Config:
@@ -157,7 +171,19 @@ def to_toml(config: Config) -> str:
     """The configuration as TOML, every value spelled out."""
     import tomli_w  # a machine that writes no runs may lack it
 
-    return tomli_w.dumps({key: value for key, value in to_table(config).items() if value != {}})
+    return tomli_w.dumps(_filled(to_table(config)))
+
+
+def own_names(config: Config) -> list[str]:
+    """What a level's configuration names of a user's own, see `plugins`."""
+    names = (getattr(getattr(config, section), key) for section, key in _WITH_OPTIONS.items())
+    return [name for name in names if plugins.is_own(name)]
+
+
+def _filled(table: dict[str, Any]) -> dict[str, Any]:
+    """A table without the empty ones in it."""
+    whole = {k: _filled(v) if isinstance(v, dict) else v for k, v in table.items()}
+    return {key: value for key, value in whole.items() if value != {}}
 
 
 def _merge(table: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

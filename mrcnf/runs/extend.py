@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from mrcnf import plugins
 from mrcnf.errors import UserError
 from mrcnf.runs import config
 from mrcnf.runs.agreement import SHARED, Origin, check_finest
@@ -16,16 +17,29 @@ from mrcnf.runs.config import Config
 
 def finest_config(run: Path | str, overrides: Sequence[str] = ()) -> Config:
     """The resolved configuration of a run's finest level, with overrides."""
-    finest = max(find_levels(run))
-    return config.load(level_folder(Path(run), finest) / CONFIG, overrides)
+    return config.load(finest_folder(run) / CONFIG, overrides)
+
+
+def finest_folder(run: Path | str) -> Path:
+    """The folder of a run's finest level."""
+    return level_folder(Path(run), max(find_levels(run)))
 
 
 def extended_config(
-    run: Path, out: Path, resolution: int, overrides: Sequence[str] = (), resume: bool = False
+    run: Path,
+    out: Path,
+    resolution: int,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    *,
+    trust: bool = False,
 ) -> Config:
     """The configuration for the next finest level of a run: the finest level's, one level up.
 
     With `resume`, that of the level as it was begun in `out`, if it was.
+
+    Args:
+        trust: run the code that the run names, if it does; training will.
 
     Raises:
         UserError: the level is there already, is not the next one, or the run's levels are of no
@@ -33,10 +47,13 @@ def extended_config(
     """
     begun = level_folder(out, resolution) / CONFIG
     if begun.exists() and resume:
-        return config.load(begun, overrides)
+        found = config.load(begun, overrides)
+        plugins.require_trust(config.own_names(found), begun.parent, trust)
+        return found
     if resolution in find_levels(run):
         raise UserError(f"{run} has a level {resolution} already; add --resume to go on with it")
-    model = load(run).config
+    plugins.require_trust(config.own_names(finest_config(run)), run, trust)
+    model = load(run, trust=trust).config
     if resolution != 2 * model.finest:
         raise UserError(
             f"the finest level of {run} is {model.finest}: extend it to {2 * model.finest}, "

@@ -1,15 +1,39 @@
-"""What training writes down as it goes: metrics.jsonl, and TensorBoard's events if wanted."""
+"""What training writes down as it goes: metrics.jsonl, TensorBoard's events, a user's loggers."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
-from mrcnf import files
+from mrcnf import files, plugins
 from mrcnf.errors import UserError
 
 FILE = "metrics.jsonl"
+
+
+class Logger(Protocol):
+    """Whatever is to be told what training writes down, such as a run of Weights & Biases."""
+
+    def log(self, values: dict[str, float], step: int, /) -> Any:
+        """One line; names are those of metrics.jsonl after the level's: `level-16/loss`."""
+
+
+def loggers_of(given: Logger | list[Logger] | None) -> list[Logger]:
+    """One logger, several, or none, as a list.
+
+    Raises:
+        UserError: one has no log(dict, step).
+    """
+    found = [] if given is None else list(given) if isinstance(given, list) else [given]
+    for logger in found:
+        name = f"logger {type(logger).__name__}"
+        if not callable(getattr(logger, "log", None)):
+            raise UserError(f"{name} has no method log(dict, step), by which training reports")
+        plugins.check_call(logger.log, f"{name}: log", {}, 0)
+    return found
 
 
 class Metrics:
@@ -18,10 +42,13 @@ class Metrics:
     Args:
         folder: of the level; its name prefixes TensorBoard's tags.
         tensorboard: write TensorBoard's events too.
+        loggers: to be told each line.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool = False) -> None:
-        self.folder, self.board = folder, None
+    def __init__(
+        self, folder: Path, tensorboard: bool = False, loggers: Sequence[Logger] = ()
+    ) -> None:
+        self.folder, self.board, self.loggers = folder, None, loggers
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -53,6 +80,8 @@ class Metrics:
         if self.board is not None:
             for name, value in row.items():
                 self.board.add_scalar(f"{self.folder.name}/{name}", value, step)
+        for logger in self.loggers:
+            logger.log({f"{self.folder.name}/{name}": value for name, value in row.items()}, step)
 
 
 def read(folder: Path) -> list[dict[str, float]]:

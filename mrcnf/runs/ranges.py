@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mrcnf import plugins
 from mrcnf.errors import UserError
 
 
@@ -27,15 +28,18 @@ class Range:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of a few words."""
+    """One of a few words, or, with `own`, the name of a user's own object."""
 
     words: tuple[str, ...]
+    own: bool = False
 
     def check(self, name: str, value: str) -> None:
-        if value not in self.words:
-            close = difflib.get_close_matches(value, self.words, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(f"{name} {value!r}: choose one of {', '.join(self.words)}{hint}")
+        if value in self.words or (self.own and plugins.is_own(value)):
+            return
+        close = difflib.get_close_matches(value, self.words, n=1)
+        choices = [", ".join(self.words), *([plugins.OWN] if self.own else [])]
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"{name} {value!r}: choose one of {', '.join(choices)}{hint}")
 
 
 FINITE = Range("a finite number", math.isfinite)

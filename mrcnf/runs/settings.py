@@ -6,9 +6,10 @@ all of it together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
+from mrcnf import plugins
 from mrcnf.errors import UserError
 from mrcnf.runs.ranges import (
     FINITE,
@@ -45,25 +46,34 @@ class DataConfig:
     """Which images."""
 
     name: str = "photos"
-    """photos, cifar10, cifar100, svhn, fashion-mnist, imagenet32, imagenet64, folder:PATH or
-    npz:PATH."""
+    """photos, cifar10, cifar100, svhn, fashion-mnist, imagenet32, imagenet64, folder:PATH,
+    npz:PATH, npy:PATH, or MODULE:OBJECT, a function of your own, which is told its `options`."""
     root: str = ""
     """Folder that holds the published files; empty: $MRCNF_DATA, else ./data."""
     limit: Annotated[int, at_least(0)] = 0
     """Train on the first so many images; 0 uses all. Evaluation has `evaluate.limit`."""
+    crop: Annotated[int, at_least(0)] = 0
+    """Of folder:PATH: cut each photograph into at most so many squares of the finest level's size,
+    at its own resolution; 0: take its central square, averaged to that size."""
     download: bool = False
     """Fetch missing files from their publishers (extra `data`)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a data source of your own."""
 
     def __post_init__(self) -> None:
         check("data", self)
+        _check_options("data", self.options, "name", self.name)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How one level is trained."""
 
-    objective: Annotated[str, Choice(OBJECTIVES)] = "flow-matching"
-    """flow-matching (no simulation) or likelihood (through the ODE)."""
+    objective: Annotated[str, Choice(OBJECTIVES, own=True)] = "flow-matching"
+    """flow-matching (no simulation), likelihood (through the ODE), or MODULE:OBJECT, a function of
+    your own, which is told its `options`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of an objective of your own."""
     init: str = ""
     """Run whose level of the same resolution supplies the starting weights; empty starts afresh."""
     steps: Annotated[int, at_least(1)] = 4000
@@ -138,11 +148,16 @@ class TrainConfig:
     does not count."""
     evaluate_images: Annotated[int, at_least(2)] = 256
     """How many test images those take, the first ones."""
+    sample_every: Annotated[int, at_least(0)] = 0
+    """Steps between grids of samples of the averaged weights, samples-STEP.png in the level's
+    folder, all of the same noise; 0: none. Nothing of the training changes by it, and its time does
+    not count."""
     tensorboard: bool = False
     """Write TensorBoard events too (extra `tensorboard`)."""
 
     def __post_init__(self) -> None:
         check("train", self)
+        _check_options("train", self.options, "objective", self.objective)
         if self.batch % self.micro_batches:
             raise UserError(
                 f"train.batch {self.batch} must be a multiple of micro_batches {self.micro_batches}"
@@ -180,3 +195,11 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check("evaluate", self)
+
+
+def _check_options(section: str, options: dict[str, Any], setting: str, name: str) -> None:
+    if options and not plugins.is_own(name):
+        raise UserError(
+            f"{section}.options are for a {section}.{setting} of your own, MODULE:OBJECT; it is "
+            f"{name}"
+        )

@@ -121,7 +121,7 @@ def _points(
     model = level.model
     chosen = torch.randint(len(images), (BATCH,), generator=generator)
     x, _ = dequantise(
-        images.pixels[chosen], nbits=model.nbits, kind=model.pixel_noise, generator=generator
+        images.take(chosen), nbits=model.nbits, kind=model.pixel_noise, generator=generator
     )
     y, condition, _ = level.prepare(x.to(level.noise))
     found = []

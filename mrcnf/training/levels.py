@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from mrcnf import runtime
+from mrcnf import plugins, runtime
 from mrcnf.runs import checkpoint
 from mrcnf.runs import config as configuration
 from mrcnf.runs.config import Config
 from mrcnf.runs.images import match_model, open_images
+from mrcnf.runs.metrics import Logger, loggers_of
+from mrcnf.training.live import Live
 from mrcnf.training.resume import refuse_used
 from mrcnf.training.trainer import Trainer
 
@@ -28,6 +29,7 @@ def train(
     joint: bool = False,
     overrides: Sequence[str] = (),
     progress: bool = True,
+    logger: Logger | list[Logger] | None = None,
 ) -> Path:
     """Train all levels of a configuration, or one of them; returns the run folder.
 
@@ -39,6 +41,8 @@ def train(
         joint: train the levels side by side, a step of each in turn, to the same weights.
         overrides: settings to change, `section.key=value` each.
         progress: show how far it is, on stderr.
+        logger: any object with a method `log(dict, step)`, or a list of them: each is told every
+            line of each level's metrics.jsonl, with names such as `level-16/loss`.
 
     Raises:
         UserError: settings, images or the folder do not fit; nothing has been written.
@@ -52,7 +56,12 @@ def train(
         settings = configuration.load(config, overrides)
     run = Path("runs") / settings.name if out is None else Path(out)
     resolutions = settings.model.resolutions if level is None else [level]
-    train_levels(settings, resolutions, run, resume=resume, joint=joint, progress=progress)
+    folders = [] if isinstance(config, Config) else [Path(config).parent]
+    with plugins.beside(*folders):
+        train_levels(
+            settings, resolutions, run,
+            resume=resume, joint=joint, progress=progress, logger=logger,
+        )  # fmt: skip
     return run
 
 
@@ -64,6 +73,7 @@ def train_levels(
     resume: bool = False,
     joint: bool = False,
     progress: bool = True,
+    logger: Logger | list[Logger] | None = None,
     ready: Callable[[], object] = lambda: None,
 ) -> None:
     """Train some levels of a configuration into a run folder; otherwise as `train`.
@@ -73,6 +83,7 @@ def train_levels(
     Args:
         ready: called when nothing is left to refuse, before the first step.
     """
+    loggers = loggers_of(logger)
     for resolution in resolutions:  # at once, not when the earlier levels are done
         refuse_used(checkpoint.level_folder(run, resolution), resume)
     own = [config.at_level(resolution).train for resolution in resolutions]
@@ -93,7 +104,8 @@ def train_levels(
         trainers = [
             Trainer(
                 config, resolution, images, run, resume, test,
-                pixels=pixels_on(runtime.choose_device(train.device)),
+                pixels=None if images.mapped else pixels_on(runtime.choose_device(train.device)),
+                loggers=loggers,
             )
             for resolution, train in zip(resolutions, own, strict=True)
         ]  # fmt: skip
@@ -113,12 +125,15 @@ def train_levels(
 def _in_turn(trainers: Sequence[Trainer], stop: Callable[[], bool], progress: bool) -> None:
     for trainer in trainers:
         trainer.begin()
-    total = sum(trainer.steps - trainer.step_number for trainer in trainers)
-    quiet = not progress or runtime.rank_and_world()[0] > 0
-    with tqdm(total=total, desc="all levels", unit="step", disable=quiet) as bar:
+
+    def done() -> float:
+        return sum(min(trainer.progress, 1.0) for trainer in trainers) / len(trainers)
+
+    shown = progress and runtime.rank_and_world()[0] == 0
+    with Live("all levels", shown, done()) as live:
         while not stop() and (unfinished := [t for t in trainers if not t.finished]):
-            for trainer in unfinished:
-                trainer.advance()
-                bar.update()
+            rows = [trainer.advance() for trainer in unfinished]
+            said = "; ".join(f"level {t.resolution}: {t.said()}" for t in trainers)
+            live.show(done(), said, any(row is not None for row in rows))
     for trainer in trainers:
         trainer.save_if_new()

@@ -1,20 +1,23 @@
-"""What a level is trained on: maximum likelihood, or flow matching.
+"""What a level is trained on: maximum likelihood, flow matching, or a user's own objective.
 
-Both take a level and dequantised images at the finest resolution and return a loss to
-minimise, in a form that needs one backward pass. Either may be trained on images that are
+All take a level and dequantised images at the finest resolution and return a loss to
+minimise, in a form that needs one backward pass. Each may be trained on images that are
 attacked first (Madry et al. 2018, eq. 2.1).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mrcnf import seeds
+from mrcnf import plugins, seeds
+from mrcnf.errors import UserError
 from mrcnf.flows import paths
-from mrcnf.flows.solve import Solver
+from mrcnf.flows.solve import Solver, SolverError
 from mrcnf.flows.trace import Trace
 from mrcnf.image.bits import bits_per_dim
 from mrcnf.image.noise import dequantise
@@ -142,11 +145,46 @@ def flow_matching(
 
 
 class Objective(nn.Module):
-    """From a piece of a batch to its loss; a module, so that DistributedDataParallel wraps it."""
+    """From a piece of a batch to its loss; a module, so that DistributedDataParallel wraps it.
+
+    Raises:
+        UserError: there is no such objective of the user's own.
+    """
 
     def __init__(self, level: Level, config: Config) -> None:
         super().__init__()
         self.level, self.config = level, config
+        self.name = f"train.objective {config.train.objective!r}"
+        self.own: Callable[..., Any] | None = None
+        if plugins.is_own(config.train.objective):
+            self.own = plugins.find(config.train.objective, "train.objective")
+
+    def try_out(self, images: Tensor) -> None:
+        """Refuse an objective of the user's own whose answer on a few images does not fit.
+
+        Raises:
+            UserError: it cannot be called as it will be, fails, or answers no loss.
+        """
+        if self.own is None:
+            return
+        model, generator = self.level.model, seeds.generator(0, images.device)
+        x, log_q = dequantise(
+            images, nbits=model.nbits, kind=model.pixel_noise, generator=generator
+        )
+        options = {"generator": generator, **self.config.train.options}
+        plugins.check_call(self.own, self.name, self.level, x, log_q, **options)
+        training = self.level.training
+        self.level.eval()
+        try:
+            self._own_loss(self.own, x, log_q, generator)
+        except (UserError, SolverError):
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{self.name}, tried on {len(images)} images, failed: {plugins.place_of(error)}"
+            ) from error
+        finally:
+            self.level.train(training)
 
     def forward(
         self, images: Tensor, generator: torch.Generator
@@ -178,6 +216,9 @@ class Objective(nn.Module):
             x.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"
         )
         with low_precision:
+            if self.own is not None:
+                seen = x if moved is None else x + moved
+                return self._own_loss(self.own, seen, log_q, generator)
             if train.objective == "flow-matching":
                 clean = None
                 if self.level.noisy:
@@ -204,6 +245,27 @@ class Objective(nn.Module):
                 steer=train.steer,
                 generator=generator,
             )
+
+    def _own_loss(
+        self, own: Callable[..., Any], x: Tensor, log_q: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        answer = own(self.level, x, log_q, generator=generator, **self.config.train.options)
+        loss, parts = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, {})
+        if not isinstance(loss, Tensor) or loss.shape or not loss.requires_grad:
+            found = (
+                f"a {type(loss).__name__}"
+                if not isinstance(loss, Tensor)
+                else f"a tensor of shape {tuple(loss.shape)}"
+                if loss.shape
+                else "a loss without gradient"
+            )
+            raise UserError(
+                f"{self.name} must answer a scalar loss to minimise, or that and a dict of scalars "
+                f"to log; it answers {found}"
+            )
+        if not isinstance(parts, dict) or any(torch.as_tensor(v).shape for v in parts.values()):
+            raise UserError(f"{self.name} must answer beside its loss a dict of scalars to log")
+        return loss, {name: torch.as_tensor(part).detach() for name, part in parts.items()}
 
     def _attacked(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """The images, the last ones of them attacked: see `ascent.ascend`."""

@@ -35,7 +35,7 @@ def prepare_level(config: Config, resolution: int, images: Images) -> Level:
         )
     chosen = torch.randperm(len(images), generator=generator)[:STANDARDISE_ON]
     x, _ = dequantise(
-        images.pixels[chosen], nbits=model.nbits, kind=model.pixel_noise, generator=generator
+        images.take(chosen), nbits=model.nbits, kind=model.pixel_noise, generator=generator
     )
     level.fit_standardisation(x)
     _refuse_unfit(config, level)

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from mrcnf import plugins, runtime
 from mrcnf.errors import UserError
 from mrcnf.runs import checkpoint
 from mrcnf.runs.agreement import rebuilt
-from mrcnf.runs.config import Config, to_table
+from mrcnf.runs.config import Config, own_names, to_table
 from mrcnf.runs.tensors import read_tensors, write_tensors
 from mrcnf.training.update import Update
 
@@ -53,6 +54,8 @@ class State:
 
     def __init__(self, folder: Path, config: Config, data: str, update: Update) -> None:
         self.folder, self.config, self.data, self.update = folder, config, data, update
+        self.code = plugins.hashes(own_names(config))
+        """Of what is of the user's own."""
         self.saved_step = -1
         """Of what is on disk, state and weights for use both."""
 
@@ -74,7 +77,9 @@ class State:
             "steps": steps,
             "objective": self.config.train.objective,
             "data_name": self.config.data.name,
+            **({"code": self.code} if self.code else {}),
             "parameters": sum(p.numel() for p in update.parameters),
+            "versions": runtime.versions(),
         }
         weights = update.averaged_state()
         state, previous = self.folder / checkpoint.STATE, self.folder / checkpoint.PREVIOUS
@@ -85,7 +90,8 @@ class State:
             checkpoint.save_level(self.folder, level, weights, extra)
         if state.exists():
             state.replace(previous)
-        write_tensors(state, tensors, {**progress, "config": to_table(self.config)})
+        told = {"config": to_table(self.config), "code": self.code}
+        write_tensors(state, tensors, progress | told)
         if first:
             checkpoint.save_level(self.folder, level, weights, extra)
         self.saved_step = step
@@ -97,6 +103,7 @@ class State:
             UserError: it is damaged, of other images, or of another model or optimiser.
         """
         tensors, metadata = self._read(path)
+        plugins.warn_if_changed(metadata.get("code", {}), self.code, path)
         level, update = self.update.level, self.update
         try:
             level.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("level.")})

@@ -9,27 +9,29 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-from mrcnf import files, runtime, seeds
+from mrcnf import files, plugins, runtime, seeds
 from mrcnf.data.datasets import Images
 from mrcnf.errors import UserError, out_of_memory
 from mrcnf.flows.solve import SolverError
 from mrcnf.runs import checkpoint
-from mrcnf.runs.config import Config, to_toml
+from mrcnf.runs.config import Config, own_names, to_toml
+from mrcnf.runs.metrics import Logger
 from mrcnf.training import objectives
+from mrcnf.training.batches import Batches
+from mrcnf.training.live import Live
 from mrcnf.training.optim import Schedule
 from mrcnf.training.order import EpochOrder
 from mrcnf.training.prepare import prepare_level
 from mrcnf.training.resume import State, newest, refuse_used
 from mrcnf.training.update import Update
-from mrcnf.training.watch import Watch
+from mrcnf.training.watch import SAMPLES, Watch
 
 REORDER_ON = 256
 """Training images that a flow's orders are measured on."""
@@ -45,6 +47,7 @@ class Trainer:
         run: folder of the run; the level's own is made below it.
         resume: go on from the state that the folder holds.
         test: images for the curve of bits/dim, if `train.evaluate_every` asks for one.
+        loggers: to be told what is written down.
         pixels: those of `images` on the level's device, where they are shared with other levels.
 
     Raises:
@@ -61,6 +64,7 @@ class Trainer:
         test: Images | None = None,
         *,
         pixels: Tensor | None = None,
+        loggers: Sequence[Logger] = (),
     ) -> None:
         config = config.at_level(resolution)
         self.config, self.resolution, self.train = config, resolution, config.train
@@ -68,7 +72,7 @@ class Trainer:
         self.rank, self.world = runtime.rank_and_world()
         self._check_processes()
         self.device = runtime.choose_device(self.train.device)
-        data = images.sha256
+        data = runtime.of_first_process(lambda: images.sha256)
         refuse_used(self.folder, resume)
         self.level = prepare_level(config, resolution, images).to(self.device).train()
         found = newest(self.folder)
@@ -79,8 +83,11 @@ class Trainer:
             self.level.compile()
         objective = objectives.Objective(self.level, config)
         self.objective = DistributedDataParallel(objective) if self.world > 1 else objective
-        self.images = images.pixels.to(self.device) if pixels is None else pixels
-        self.order = EpochOrder(len(images), self.train.batch, self.train.seed)
+        order = EpochOrder(len(images), self.train.batch, self.train.seed)
+        pieces = self.train.micro_batches
+        self.mine = range(self.rank, pieces, self.world)
+        self.batches = Batches(images, order, pieces, self.mine, self.device, pixels)
+        objective.try_out(self.batches.take(torch.arange(min(2, len(images)))))
         self.schedule = Schedule(
             self.train.learning_rate, self.train.warmup, self.train.steps, self.train.minutes,
             falls=self.train.schedule == "cosine",
@@ -92,9 +99,10 @@ class Trainer:
             self.step_number, self.seconds = self.state.restore(found)
         self.watch = Watch(
             self.folder, resolution, self.train, self.update,
-            None if test is None else test.pixels[: self.train.evaluate_images],
-            self.step_number, self.seconds,
+            None if test is None else test.first(self.train.evaluate_images).pixels,
+            self.step_number, self.seconds, loggers,
         )  # fmt: skip
+        self.copies = plugins.copies(own_names(config))
         self.begun = False
 
     def begin(self) -> None:
@@ -105,6 +113,8 @@ class Trainer:
         if self.rank == 0:
             head = f"# trained on images with sha256 {self.state.data}\n"
             files.write(self.folder / checkpoint.CONFIG, head + to_toml(self.config))
+            for name, code in self.copies.items():
+                files.write(self.folder / name, code)
             self.watch.begin(self.step_number)
 
     def _check_processes(self) -> None:
@@ -119,23 +129,17 @@ class Trainer:
     def run(self, *, progress: bool = True, stop: Callable[[], bool] = lambda: False) -> None:
         """Train to the last step or until `stop()`, and leave a checkpoint."""
         self.begin()
-        bar = tqdm(
-            total=None if self.train.minutes else self.train.steps,
-            initial=self.step_number,
-            desc=f"level {self.resolution}",
-            unit="step",
-            disable=not progress or self.rank > 0,
-            mininterval=0.5,
-            dynamic_ncols=True,
-        )
-        with bar:
+        shown = progress and self.rank == 0
+        with Live(f"level {self.resolution}", shown, self.progress) as live:
             while not self.finished and not stop():
                 row = self.advance()
-                bar.update()
-                if row is not None:
-                    rate, loss = row["images_per_s"], row["loss"]
-                    bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
+                live.show(self.progress, self.said(), row is not None)
         self.save_if_new()
+
+    def said(self) -> str:
+        """Where it is, and what was written down last, in a few words."""
+        of = "" if self.train.minutes else f"/{self.train.steps}"
+        return ", ".join(filter(None, (f"step {self.step_number}{of}", self.watch.said())))
 
     def advance(self) -> dict[str, float] | None:
         """A step, with the log line, the test bits and the checkpoint when they are due.
@@ -156,6 +160,8 @@ class Trainer:
             row = self.watch.log(values, self.step_number, self.seconds, self.learning_rate)
         if self.watch.test is not None and self._due(self.train.evaluate_every):
             self.watch.test_bits(self.step_number, self.seconds)
+        if self.rank == 0 and self._due(self.train.sample_every):
+            self.watch.samples(self.step_number, self._shown())
         if self._due(self.train.checkpoint_every):
             self.save()
         return row
@@ -179,22 +185,24 @@ class Trainer:
     def _reorder(self) -> None:
         seed = seeds.seed_of(self.train.seed, self.resolution, f"{self.step_number}/order")
         generator = seeds.generator(seed, self.device)
-        chosen = torch.randint(
-            len(self.images), (REORDER_ON,), generator=generator, device=self.device
-        )
-        images = self.images[chosen]
+        count = len(self.batches.images)
+        chosen = torch.randint(count, (REORDER_ON,), generator=generator, device=self.device)
+        images = self.batches.take(chosen)
         _, x, _ = objectives.seen(images, self.train, self.level.model, generator)
         self.level.reorder(x)
 
+    def _shown(self) -> Tensor:
+        """The training images that samples are drawn upon, the same ones each time."""
+        seed = seeds.seed_of(self.train.seed, self.resolution, "samples")
+        order = torch.randperm(len(self.batches.images), generator=seeds.generator(seed))
+        return self.batches.take(order[:SAMPLES].to(self.device))
+
     def _gradients(self) -> dict[str, Tensor]:
         """Leave a batch's gradients in the parameters; returns its loss and the loss's parts."""
-        pieces = self.train.micro_batches
-        indices = self.order.indices(self.step_number).chunk(pieces)
-        mine = range(self.rank, pieces, self.world)
         sums: dict[str, Tensor] = {}
-        for piece in mine:
+        for piece, batch in self.batches.of_step(self.step_number):
             try:
-                parts = self._piece(piece, indices[piece], len(mine), piece == mine[-1])
+                parts = self._piece(piece, batch)
             except SolverError as error:
                 if self.world > 1:
                     raise  # the other processes wait for this one's gradient
@@ -207,19 +215,18 @@ class Trainer:
                     self.save_if_new()  # nothing has been updated yet
                 raise
             for name, value in parts.items():
-                sums[name] = sums.get(name, 0) + value / len(mine)
+                sums[name] = sums.get(name, 0) + value / len(self.mine)
         return sums
 
-    def _piece(self, piece: int, indices: Tensor, pieces: int, last: bool) -> dict[str, Tensor]:
-        """Add the gradients of one piece of the batch, of so many that this process has."""
+    def _piece(self, piece: int, batch: Tensor) -> dict[str, Tensor]:
+        """Add the gradients of one piece of the batch."""
         seed = seeds.seed_of(self.train.seed, self.resolution, f"{self.step_number}/{piece}")
         generator = seeds.generator(seed, self.device)
-        batch = self.images[indices.to(self.device)]
         # The processes exchange gradients once a step.
-        wait = not last and isinstance(self.objective, DistributedDataParallel)
+        wait = piece != self.mine[-1] and isinstance(self.objective, DistributedDataParallel)
         with self.objective.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
             loss, parts = self.objective(batch, generator)
-            (loss / pieces).backward()
+            (loss / len(self.mine)).backward()
         return {"loss": loss.detach(), **parts}
 
     def _due(self, every: int) -> bool:

@@ -26,8 +26,8 @@ def test_help_names_every_command(capsys):
         assert name in said
     listed = re.findall(r"• (\w+) ", said)
     assert listed == [
-        "demo", "train", "extend", "assemble", "calibrate", "evaluate", "sample", "upscale",
-        "compress", "decompress", "info", "compare", "entropy", "attack", "ood", "check",
+        "demo", "new", "pack", "train", "extend", "assemble", "calibrate", "evaluate", "sample",
+        "upscale", "compress", "decompress", "info", "compare", "entropy", "attack", "ood", "check",
     ]  # fmt: skip
 
 

@@ -193,3 +193,66 @@ def test_folder_sizes(tmp_path):
         data.load(f"folder:{tmp_path}", resolution=16)
     with pytest.raises(UserError, match="no image files"):
         data.load(f"folder:{(tmp_path / 'val').mkdir() or tmp_path}", "val")
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 9])
+def test_some_photograph_is_always_test_and_some_is_train(tmp_path, count):
+    for first in range(0, 60, 3):
+        folder = tmp_path / str(first)
+        for i in range(first, first + count):
+            write_png(folder / f"{i}.png", 2, 2, seed=i)
+        train, test = (data.load(f"folder:{folder}", split) for split in ("train", "test"))
+        assert len(train) >= 1 and len(test) >= 1 and len(train) + len(test) == count
+
+
+def test_photographs_are_cut_at_their_own_resolution(tmp_path):
+    whole = write_png(tmp_path / "train" / "a.png", 11, 9, 3)
+    grey = write_png(tmp_path / "train" / "b.png", 4, 4)
+    got = data.load(f"folder:{tmp_path}", resolution=4, crop=100)
+    corners = [(y, x) for y in (0, 2, 4, 6) for x in (0, 2, 4)]  # every half side, in the middle
+    assert got.groups.tolist() == [0] * len(corners) + [1] and got.shape == (13, 3, 4, 4)
+    for crop, (y, x) in zip(got.pixels.numpy(), corners, strict=False):
+        assert np.array_equal(crop, whole[y : y + 4, x : x + 4].transpose(2, 0, 1))
+    assert (got.pixels[-1].numpy() == grey).all()
+    (tmp_path / "train").rename(tmp_path / "test")
+    got = data.load(f"folder:{tmp_path}", "test", resolution=4, crop=100)  # none overlap
+    assert got.groups.tolist() == [0] * 4 + [1]
+    assert np.array_equal(got.pixels[3], whole[5:9, 4:8].transpose(2, 0, 1))
+
+
+def test_fewer_crops_are_some_of_more_and_others_for_another_name(tmp_path):
+    pixels = write_png(tmp_path / "train" / "a.png", 40, 40, 3)
+    Image.fromarray(pixels).save(tmp_path / "train" / "b.png")
+
+    def crops(most, split="train"):
+        got = data.load(f"folder:{tmp_path}", split, resolution=8, crop=most)
+        assert got.groups.bincount().tolist() == [most] * 2
+        return [p.numpy().tobytes() for p in got.pixels]
+
+    few, many = crops(4), crops(30)
+    assert set(few[:4]) < set(many[:30]) and set(few[4:]) < set(many[30:])
+    assert set(few[:4]) != set(few[4:]) and crops(4) == few
+
+
+def test_mistakes_about_crops(tmp_path):
+    write_png(tmp_path / "train" / "a.png", 8, 3)
+    name = f"folder:{tmp_path}"
+    with pytest.raises(UserError, match=r"a\.png: 3×8 is smaller than the resolution 4"):
+        data.load(name, resolution=4, crop=2)
+    with pytest.raises(UserError, match="say the resolution of the crops"):
+        data.load(name, crop=2)
+    with pytest.raises(UserError, match="crop -1"):
+        data.load(name, resolution=2, crop=-1)
+    with pytest.raises(UserError, match="crop 2: of folder:PATH alone"):
+        data.load("photos", crop=2)
+
+
+def test_photographs_on_their_side_are_turned_before_they_are_cut(tmp_path):
+    pixels, exif = random_images(8, 4, 3), Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "train" / "a.png"
+    path.parent.mkdir()
+    Image.fromarray(pixels).save(path, exif=exif)
+    got = data.load(f"folder:{tmp_path}", resolution=4, crop=3).pixels  # 4×8 when turned
+    assert len(got) == 3
+    assert np.array_equal(got[0], np.rot90(pixels, -1)[:, :4].transpose(2, 0, 1))

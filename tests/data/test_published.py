@@ -1,5 +1,6 @@
 """Published sets: found where they may lie, joined in order, fetched with their checksums."""
 
+import dataclasses
 import gzip
 import io
 import subprocess
@@ -20,6 +21,7 @@ from writers import (
 )
 
 from mrcnf import data
+from mrcnf.data import published
 from mrcnf.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -107,6 +109,9 @@ def test_download_of_a_single_file(tmp_path, monkeypatch):
         (Path(path) / fname).write_bytes(gzip.compress(idx(random_images(2, 28, 28))))
 
     monkeypatch.setattr(pooch, "retrieve", retrieve)
+    # Without the folder of Debian's package, which may be installed here.
+    own = dataclasses.replace(published.PUBLISHED["fashion-mnist"], folders=("fashion-mnist",))
+    monkeypatch.setitem(published.PUBLISHED, "fashion-mnist", own)
     assert len(data.load("fashion-mnist", "test", root=tmp_path, download=True)) == 2
     with pytest.raises(UserError, match="not found"):
         data.load("fashion-mnist", root=tmp_path)

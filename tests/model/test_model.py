@@ -262,6 +262,16 @@ def test_temperatures_are_by_level():
     assert torch.equal(grown[0][2], grown[1][2]) and not torch.equal(grown[0][2], grown[2][2])
 
 
+def test_samples_come_with_those_that_they_grew_from():
+    model = build((1, 2, 4))
+    drawn = model.sample_levels(3, temperature=0.1, generator=seeded())
+    assert {r: tuple(x.shape) for r, x in drawn.items()} == {r: (3, 1, r, r) for r in (1, 2, 4)}
+    assert torch.equal(drawn[4], model.sample(3, temperature=0.1, generator=seeded()))
+    for fine, coarse in ((4, 2), (2, 1)):
+        means = torch.nn.functional.avg_pool2d(drawn[fine].double(), 2)
+        assert (means - drawn[coarse]).abs().max() <= 1  # both are rounded
+
+
 @pytest.mark.parametrize("kind", ["paper", "residual"])
 @pytest.mark.parametrize("base", ["affine", "logit"])
 @pytest.mark.parametrize("noise", NOISES)

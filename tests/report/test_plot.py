@@ -7,6 +7,7 @@ import torch
 from tiny import smooth_images
 
 from mrcnf.data.imagefile import read_image
+from mrcnf.errors import UserError
 from mrcnf.measure.entropy import NORMAL, SplitEntropy
 from mrcnf.report import plot
 
@@ -46,6 +47,22 @@ def test_runs_of_one_name_are_two_lines_with_two_names(runs, tmp_path, drawn):
     for axis in drawn[0].axes:
         assert colours(axis).keys() == {str(runs[0]), str(other)}
         assert len(set(colours(axis).values())) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "start"), [("x.png", b"\x89PNG"), ("x.PDF", b"%PDF"), ("x.svg", b"<?xml")]
+)
+def test_the_name_says_the_format_and_bytes_are_the_same_again(runs, tmp_path, name, start):
+    for folder in ("one", "two"):
+        plot.training_curves(tmp_path / folder / name, runs[0])
+    one, two = ((tmp_path / folder / name).read_bytes() for folder in ("one", "two"))
+    assert one.startswith(start) and one == two
+
+
+def test_another_format_is_refused(runs, tmp_path):
+    with pytest.raises(UserError, match=r"x\.jpg: .*\.png, \.pdf or \.svg"):
+        plot.training_curves(tmp_path / "x.jpg", runs[0])
+    assert not list(tmp_path.iterdir())
 
 
 def test_many_runs_are_told_apart():

@@ -64,9 +64,10 @@ def test_micro_batches_average_their_pieces(tmp_path):
     whole.step()
     half = trainer_of(tmp_path / "b", "train.flip=false")
     gradients = []
-    for piece, indices in enumerate(half.order.indices(0).chunk(2)):
+    ((_, batch),) = half.batches.of_step(0)
+    for piece, part in enumerate(batch.chunk(2)):
         seed = seeds.seed_of(0, 4, f"0/{piece}")
-        loss, _ = half.objective(half.images[indices], torch.Generator().manual_seed(seed))
+        loss, _ = half.objective(part, torch.Generator().manual_seed(seed))
         gradients.append(torch.autograd.grad(loss, half.update.parameters))
     scale = max(1.0, float(torch.nn.utils.get_total_norm(
         [(a + b) / 2 for a, b in zip(*gradients, strict=True)])))  # fmt: skip

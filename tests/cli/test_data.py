@@ -1,0 +1,71 @@
+"""The commands that begin with data: from a folder of photographs to a run that serves."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from terminal import mrcnf_says, refused
+from tiny import smooth_images
+
+from mrcnf import data
+from mrcnf.data.imagefile import read_image, save_image
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """Nine photographs of different sizes below the working directory."""
+    for i in range(9):
+        image = smooth_images(1, channels=3, side=30, seed=i)[0, :, : 12 + i, : 26 - 2 * i]
+        save_image(tmp_path / "photos" / f"{i}.png", image)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_from_photographs_to_a_larger_one(place, capsys):
+    arguments = ("--data", "folder:photos", "--resolutions", 2, 4, "--minutes", 0.001)
+    said = mrcnf_says(capsys, "new", "mine", *arguments)
+    assert "9 photographs of " in said and "Start:  mrcnf train mine.toml" in said
+    assert "minutes here, on c" in said
+    mrcnf_says(capsys, "train", "mine.toml", "train.device=cpu", "solver.steps=3")
+    mrcnf_says(capsys, "evaluate", "runs/mine", "--json", "numbers.json", "solver.steps=2")
+    assert json.loads((place / "numbers.json").read_text())["images"] > 2
+    mrcnf_says(capsys, "upscale", "runs/mine", "photos/3.png", "--out", "larger", "--draws", 1)
+    larger = next((place / "larger").glob("3-draw-1.png"))
+    small = read_image(place / "photos" / "3.png")
+    assert read_image(larger).shape == (3, 2 * small.shape[1], 2 * small.shape[2])
+    assert "mine.toml is there already" in refused(capsys, "new", "mine", "--data", "photos")
+
+
+def test_packed_photographs_are_those_of_the_folder(place, capsys):
+    for split in ("train", "test"):
+        said = mrcnf_says(
+            capsys, "pack", "folder:photos", "--out", f"packed/{split}.npy", "--split", split,
+            "--resolution", 4, "--crop", 5, "--data.limit", 30,
+        )  # fmt: skip
+        packed = data.load("npy:packed", split)
+        known = data.load("folder:photos", split, resolution=4, crop=5, limit=30)
+        assert torch.equal(packed.pixels, known.pixels) and known.sha256[:12] in said
+        assert torch.equal(packed.groups, known.groups)
+        assert f"{len(known)} images of 3×4×4 of {len(known.groups.unique())} photograph" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pack", "folder:none", "--out", "x.npy"], "none: there is no such folder"),
+        (["pack", "folder:photos", "--out", "x.npy", "--resolution", 13], "smaller than the"),
+        (["pack", "folder:photos", "--out", "x.npy"], "give a resolution"),
+        (["pack", "photos", "--out", "x.png"], "end the name in .npy"),
+        (["pack", "photos", "--out", "x.npy", "train.steps=3"], "train is not asked for here"),
+        (["pack", "npy:float.npy", "--out", "x.npy"], "holds float64"),
+        (["pack", "photos", "--out", "x.npy", "--limit", -1], "data.limit must be at least 0"),
+        (["new", "a/b c", "--data", "photos"], "use letters, digits"),
+        (["new", "n", "--data", "folder:none"], "none: there is no such folder"),
+        (["new", "n", "--data", "folder:photos", "--minutes", -1], "must be more than 0"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(place, capsys, arguments, words):
+    np.save("float.npy", np.zeros((2, 3, 4, 4)))
+    assert words in refused(capsys, *arguments)
+    assert sorted(p.name for p in place.iterdir()) == ["float.npy", "photos"]
