@@ -27,7 +27,8 @@ def test_help_names_every_command(capsys):
     listed = re.findall(r"• (\w+) ", said)
     assert listed == [
         "demo", "new", "pack", "train", "extend", "assemble", "calibrate", "evaluate", "sample",
-        "upscale", "compress", "decompress", "info", "compare", "entropy", "attack", "ood", "check",
+        "upscale", "compress", "decompress", "info", "report", "compare", "entropy", "attack",
+        "ood", "check",
     ]  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def test_paths_are_not_taken_for_overrides():
     ("arguments", "words"),
     [
         (["train"], "Missing from mrcnf train"),
-        (["fly"], "no command 'fly'; choose one of demo, train"),
+        (["fly"], "no command 'fly'; choose one of demo, new, pack, train"),
         (["evalute", "run"], "did you mean evaluate?"),
         (["sample", "run", "--colour", "red"], "--colour"),
         (["sample", "run", "--n", "many"], "--n"),

@@ -93,7 +93,7 @@ def test_what_entropy_cannot_look_at_is_one_line(split, plain, made, tmp_path, c
         assert "no level of this run has a split flow" in said
     assert "no runs to look at" in refused(capsys, "entropy")
     assert "no run folder" in refused(capsys, "entropy", tmp_path / "nowhere")
-    assert "png" in refused(capsys, "entropy", split.run, "--out", tmp_path / "figure.pdf").lower()
+    assert "png" in refused(capsys, "entropy", split.run, "--out", tmp_path / "figure.txt").lower()
     assert list(tmp_path.iterdir()) == []
 
 
