@@ -96,7 +96,7 @@ def test_without_training_images_there_is_no_typicality(run, tmp_path, capsys):
         (["attack", "--steps", "0"], "steps of an attack"),
         (["attack", "--limit", "1"], "at least 2"),
         (["attack", "--limit", "-1"], "limit"),
-        (["attack", "--plot", "a.pdf"], ".png"),
+        (["attack", "--plot", "a.txt"], ".png"),
         (["attack", "--save", "a.zip"], ".npz"),
         (["attack", "--transfer", "nowhere"], "nowhere"),
         (["attack", "train.steps=3"], "train cannot be changed"),
