@@ -32,6 +32,7 @@ from mrcnf.report.plot import COLOURS
 
 Rows = dict[str, dict[str, Any]]
 KINDS = ("continuous", "coupling")
+SHUFFLED = ("split-random", "split-learned", "split-entropy", "split-context")
 SCORES = ("likelihood", "complexity", "typicality")
 COLOUR = dict(zip(KINDS, COLOURS, strict=False))
 MARKER = {"continuous": "o", "coupling": "s"}
@@ -269,7 +270,7 @@ def differences(rows: Rows) -> plt.Figure:
     def point(name: str) -> tuple[float, float]:
         return _mean(_bits(rows, name) - _bits(rows, _reference(name)))
 
-    figure, axis = _by_row(shown, "bits/dim − those of one resolution, same kind and minutes")
+    figure, axis = _by_row(shown, "bits/dim less those of one resolution (-adversarial: of the same row without)")
     _points(axis, shown, point)
     axis.axvline(0, color="grey", linewidth=0.8)
     return figure
@@ -283,8 +284,11 @@ def operations(rows: Rows) -> plt.Figure:
         kind = name.split("-")[0]
         x = row["cost"]["flop"] / 1e6
         axis.errorbar(x, mean, error, marker=MARKER[kind], color=COLOUR[kind], capsize=2)
-        axis.annotate(name.removeprefix(f"{kind}-"), (x, mean), (4, 3), fontsize=7,
-                      textcoords="offset points")  # fmt: skip
+        label = name.removeprefix(f"{kind}-")
+        if label in SHUFFLED:
+            continue
+        axis.annotate("split, any shuffle" if name == "coupling-split" else label, (x, mean), (4, 3),
+                      fontsize=7, textcoords="offset points")  # fmt: skip
     _legend(axis)
     axis.set(xscale="log", xlabel="MFLOP for the likelihood of an image", ylabel="bits/dim")
     return figure
@@ -359,7 +363,8 @@ def strength(rows: Rows) -> plt.Figure:
     axis.set(xlabel="steps of the attack, ε = 4 (dotted: random signs)",
              ylabel="bits/dim more than the natural images")  # fmt: skip
     axis.grid(linewidth=0.3)
-    axis.legend(fontsize=7)
+    if _with(rows, "controls"):
+        axis.legend(fontsize=7)
     return figure
 
 
