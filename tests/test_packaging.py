@@ -36,9 +36,13 @@ def test_the_build_needs_what_the_package_check_installs():
     assert f"pip install -q '{build['requires'][0]}'" in (ROOT / ".ci/package").read_text()
 
 
-@pytest.mark.parametrize("model", sorted((ROOT / "experiments/models").iterdir()), ids=lambda path: path.name)
+MODELS = sorted(path.name for path in (ROOT / "experiments/models").iterdir())
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_every_model_has_a_card_that_knows_its_sizes(model):
-    card = (model / "README.md").read_text()
-    sizes = [level["parameters"] for level in describe(model).values()]
+    folder = ROOT / "experiments/models" / model
+    card = (folder / "README.md").read_text()
+    sizes = [level["parameters"] for level in describe(folder).values()]
     for size in (sum(sizes), *sizes):
         assert f"{size:,}" in card
