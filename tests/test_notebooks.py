@@ -24,5 +24,6 @@ def test_notebooks_are_small_and_read_well_without_being_run(path):
 
 
 def test_every_notebook_is_listed():
-    listed = re.findall(r"^\| `([\w-]+)` \|", (ROOT / "docs/notebooks.md").read_text(), re.MULTILINE)
+    page = (ROOT / "docs/notebooks.md").read_text()
+    listed = re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE)
     assert listed == [path.stem for path in NOTEBOOKS]
