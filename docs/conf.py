@@ -2,18 +2,13 @@
 
 import contextlib
 import io
-from pathlib import Path
 
 from docutils import nodes
-from docutils.nodes import Element
 from docutils.parsers.rst import Directive
 from sphinx.application import Sphinx
-from sphinx.environment import BuildEnvironment
 
 import mrcnf
 from mrcnf import cli
-
-ROOT = Path(__file__).parents[1]
 
 project = "mrcnf"
 author = "the mrcnf authors"
@@ -24,6 +19,8 @@ html_theme = "furo"
 html_show_copyright = False
 default_role = "code"  # docstrings say `name`
 myst_heading_anchors = 3
+# Links of included pages to files of the repository that are no pages: their text alone.
+nitpick_ignore = [("myst", "CHANGELOG.md"), ("myst", "CITATION.cff"), ("myst", "models/cifar10")]
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_use_rtype = False
@@ -42,13 +39,5 @@ class Help(Directive):
         return [nodes.literal_block(said.getvalue(), said.getvalue(), language="none")]
 
 
-def beyond(app: Sphinx, env: BuildEnvironment, node: Element, text: Element) -> Element | None:
-    """Links to files of the repository that are no pages are their text alone."""
-    target = node["reftarget"].partition("#")[0]
-    places = (ROOT, ROOT / "experiments", ROOT / "benchmarks")
-    return text if any((place / target).exists() for place in places) else None
-
-
 def setup(app: Sphinx) -> None:
     app.add_directive("help", Help)
-    app.connect("missing-reference", beyond)
