@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import tyro
 
+from mrcnf import __version__
 from mrcnf.cli.coding import compress, decompress
 from mrcnf.cli.data import new, pack
 from mrcnf.cli.looking import check, compare, entropy, info, report
@@ -62,6 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse(arguments: list[str]) -> Callable[[], None]:
     """The call that the arguments ask for; what tyro says of mistakes becomes one line."""
+    if arguments == ["--version"]:
+        return functools.partial(print, "mrcnf", __version__)
     if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
@@ -71,7 +74,8 @@ def parse(arguments: list[str]) -> Callable[[], None]:
         with contextlib.redirect_stderr(said):
             return _parser().cli(
                 prog="mrcnf",
-                description="Multi-resolution continuous normalizing flows.",
+                description="Multi-resolution continuous normalizing flows "
+                f"(mrcnf {__version__}; --version says this alone).",
                 args=arguments,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )

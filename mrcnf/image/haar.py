@@ -7,8 +7,8 @@ A 2×2 patch ``x1 x2 / x3 x4`` becomes its mean and three scaled differences::
     y2     = (x1 - x2 + x3 - x4) / c      columns differ    PyWavelets' cV · 2/c
     y3     = (x1 - x2 - x3 + x4) / c      diagonal          PyWavelets' cD · 2/c
 
-with c = 2^(2/3), so that |det| = 16 / (4·c³) = 1: densities pass between resolutions without
-a correction (Voleti et al., arXiv 2106.08462, §3.1). `coarse` is PyWavelets' cA / 2.
+with c = 2^(2/3), so that the determinant is 16 / (4·c³) = 1: densities pass between resolutions
+without a correction (Voleti et al., arXiv 2106.08462, §3.1). `coarse` is PyWavelets' cA / 2.
 """
 
 from __future__ import annotations

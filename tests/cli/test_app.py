@@ -10,6 +10,7 @@ import torch
 from terminal import mrcnf_says, refused
 from tiny import files, write_npz
 
+import mrcnf
 from mrcnf import cli
 from mrcnf.cli import app
 from mrcnf.errors import TrainingError
@@ -30,6 +31,24 @@ def test_help_names_every_command(capsys):
         "upscale", "compress", "decompress", "info", "report", "compare", "entropy", "attack",
         "ood", "check",
     ]  # fmt: skip
+
+
+def test_the_version(capsys):
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"mrcnf {mrcnf.__version__}\n"
+
+
+def test_the_shell_completes_commands_and_options(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--tyro-print-completion", "bash"])
+    assert not stop.value.code
+    script = tmp_path / "mrcnf"
+    script.write_text(capsys.readouterr().out)
+    for words, last in (("ups", "upscale"), ("upscale --temp", "--temperature")):
+        typed = f"COMP_WORDS=(mrcnf {words}); COMP_CWORD={len(words.split())}"
+        asked = f'. {script}; {typed}; _tyro_mrcnf; echo "${{COMPREPLY[@]}}"'
+        said = subprocess.run(["bash", "-c", asked], capture_output=True, text=True)
+        assert said.stdout.split() == [last], said.stderr
 
 
 @pytest.mark.parametrize(
