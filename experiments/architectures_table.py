@@ -270,7 +270,7 @@ def differences(rows: Rows) -> plt.Figure:
     def point(name: str) -> tuple[float, float]:
         return _mean(_bits(rows, name) - _bits(rows, _reference(name)))
 
-    figure, axis = _by_row(shown, "bits/dim less those of one resolution (-adversarial: of the same row without)")
+    figure, axis = _by_row(shown, "bits/dim less those of one resolution; adversarial: of itself")
     _points(axis, shown, point)
     axis.axvline(0, color="grey", linewidth=0.8)
     return figure
@@ -287,8 +287,9 @@ def operations(rows: Rows) -> plt.Figure:
         label = name.removeprefix(f"{kind}-")
         if label in SHUFFLED:
             continue
-        axis.annotate("split, any shuffle" if name == "coupling-split" else label, (x, mean), (4, 3),
-                      fontsize=7, textcoords="offset points")  # fmt: skip
+        if name == "coupling-split":
+            label = "split, any shuffle"
+        axis.annotate(label, (x, mean), (4, 3), fontsize=7, textcoords="offset points")
     _legend(axis)
     axis.set(xscale="log", xlabel="MFLOP for the likelihood of an image", ylabel="bits/dim")
     return figure
