@@ -41,8 +41,9 @@ TESTED, SCORED, CODED, SAMPLED = 500, 200, 20, 16
 ATTACKED, GRADIENTS, EPSILONS = 32, 10, (2, 8)
 FEWER = 10
 """Steps of a continuous flow's solver where it is attacked or scored."""
-CONTROLS, CONTROLS_EPSILON, CONTROLS_IMAGES, CONTROLS_FEWER = (1, 2, 4, 8, 16, 32, 64), 4, 16, 4
-"""What shows that the attack is one: numbers of steps, and images, fewer for continuous flows."""
+CONTROLS_EPSILON = 4
+CONTROLS = {False: (16, (1, 4, 16, 64, 256)), True: (4, (1, 4, 16, 64))}
+"""What shows that the attack is one: images, and numbers of steps, by whether flows are solved."""
 PATCHES = (1, 2, 4, 8, 16)
 """Sides in pixels of what is shuffled, as in the appendix of arXiv 2106.08462."""
 PROGRESS = sys.stderr.isatty()
@@ -231,9 +232,9 @@ def attacked(row: Row) -> dict[str, Any]:
 
 def controls(row: Row) -> dict[str, Any]:
     """The attack with more and more steps, beside another row's; as `mrcnf attack` has it."""
-    levels, images = row.coarsely(), CONTROLS_FEWER if row.solved else CONTROLS_IMAGES
+    levels, (images, budgets) = row.coarsely(), CONTROLS[row.solved]
     found = robustness(
-        levels, row.test[:images], (CONTROLS_EPSILON,), steps=CONTROLS[-1], budgets=CONTROLS,
+        levels, row.test[:images], (CONTROLS_EPSILON,), steps=budgets[-1], budgets=budgets,
         transfer=None if row.transfer is None else _coarsely(mrcnf.load(row.transfer)),
         progress=PROGRESS,
     )  # fmt: skip

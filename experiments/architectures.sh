@@ -28,8 +28,8 @@ for row; do
     python -m experiments.architectures "$out/$row" --root "$dir"
 done
 # Whether the attack is a real one: its strength by steps, and through another row.
-for pair in coupling-one:coupling-split coupling-wavelet-2:coupling-one \
-    continuous-wavelet-3:continuous-wavelet-2; do
+for pair in coupling-one:coupling-split coupling-split:coupling-one coupling-wavelet-2:coupling-one \
+    continuous-wavelet-3:continuous-one; do
     run=$out/${pair%:*} other=$out/${pair#*:}
     [ ! -e "$run/measured.json" ] || [ ! -e "$other/measured.json" ] ||
         python -m experiments.architectures "$run" --root "$dir" --parts controls --transfer "$other"

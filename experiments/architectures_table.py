@@ -110,10 +110,10 @@ def main_table(rows: Rows) -> list[str]:
 
 
 def shuffles(rows: Rows) -> list[str]:
-    """What splits buy couplings, and what an order of their channels does."""
+    """What splits, an order of their channels, and wavelets buy couplings."""
     lines = _head("", "− one resolution", "− the split that does not shuffle")
     for name, _ in _with(rows, "bits"):
-        if name.startswith("coupling-split") and not name.endswith("-adversarial"):
+        if name.startswith("coupling-") and name != "coupling-one" and "adversarial" not in name:
             plain = "" if name == "coupling-split" else _difference(rows, name, "coupling-split")
             lines.append(_line(name, _difference(rows, name, "coupling-one"), plain))
     return lines

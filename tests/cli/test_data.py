@@ -22,6 +22,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_from_photographs_to_a_larger_one(place, capsys):
     arguments = ("--data", "folder:photos", "--resolutions", 2, 4, "--minutes", 0.001)
     said = mrcnf_says(capsys, "new", "mine", *arguments)
