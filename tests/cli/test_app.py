@@ -51,7 +51,7 @@ def test_paths_are_not_taken_for_overrides():
     ("arguments", "words"),
     [
         (["train"], "Missing from mrcnf train"),
-        (["fly"], "no command 'fly'; choose one of demo, train"),
+        (["fly"], "no command 'fly'; choose one of demo, new"),
         (["evalute", "run"], "did you mean evaluate?"),
         (["sample", "run", "--colour", "red"], "--colour"),
         (["sample", "run", "--n", "many"], "--n"),
