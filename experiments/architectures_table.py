@@ -23,6 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
 from experiments.architectures_steps import MINUTES, SHARES, rows_of
@@ -289,7 +290,8 @@ def operations(rows: Rows) -> plt.Figure:
             continue
         if name == "coupling-split":
             label = "split, any shuffle"
-        axis.annotate(label, (x, mean), (4, 3), fontsize=7, textcoords="offset points")
+        place = (4, -10 if label == "wavelet-3" else 3)  # not over its neighbour's
+        axis.annotate(label, (x, mean), place, fontsize=7, textcoords="offset points")
     _legend(axis)
     axis.set(xscale="log", xlabel="MFLOP for the likelihood of an image", ylabel="bits/dim")
     return figure
@@ -366,6 +368,9 @@ def strength(rows: Rows) -> plt.Figure:
     axis.grid(linewidth=0.3)
     if _with(rows, "controls"):
         axis.legend(fontsize=7)
+        axis.set_xticks(steps := (1, 4, 16, 64, 256), steps)
+        axis.set_yticks(bits := (2, 5, 10, 20, 50), bits)
+        axis.yaxis.set_minor_formatter(NullFormatter())
     return figure
 
 
