@@ -114,7 +114,7 @@ def load(
     `mrcnf pack` made it of, or else divided as one npz. Arrays: uint8 (N,C,H,W), (N,H,W,C) or
     (N,H,W), and possibly names or numbers (N,) of photographs in train.groups.npy and so on. They
     stay in the file, memory-mapped, and `Images.take` reads those that are wanted.
-    `MODULE:OBJECT`: a function of your own, called as f(split, resolution, **options). It answers
+    `MODULE:OBJECT`: a function of your own, called as `f(split, resolution, **options)`. It answers
     Images, or uint8 (N,C,H,W) as a tensor or an array, at `resolution` or 2^k times as large.
 
     `root`: folder of the published files; by default $MRCNF_DATA, otherwise ./data.
