@@ -105,8 +105,8 @@ def load(
     differ from the withdrawn one's); its validation images are both `test` and `val`.
     `folder:PATH`: the image files below PATH in the order of their names; PATH/train, PATH/test,
     PATH/val if one exists, otherwise a hash of the name relative to PATH makes one file in ten
-    `test`, and of two files or more at least one. Grey files among colour ones are repeated to
-    three channels.
+    `test`, and of two files or more at least one. Grey files are repeated to three
+    channels if any file of any split has colours.
     `npz:PATH`: a folder of train.npz, test.npz, val.npz; or one file, where a hash of the index, or
     of the photograph, makes one in ten `test`. Arrays: `images` or `data`, uint8 (N,H,W,C), (N,H,W)
     or (N,3·H·H), and possibly `photo` (N,), names or numbers that become `groups`.

@@ -60,6 +60,8 @@ def stream(
     names = names if crops else names[:limit]
     shapes = [image_shape(top / name) for name in names]
     depth = max((shape[0] for shape in shapes), default=1)
+    if depth == 1:
+        depth = _channels(path)
     for name, (_, height, width) in zip(names, shapes, strict=True):
         if resolution and min(height, width) < resolution:
             raise UserError(f"{top / name}: {width}×{height} is smaller than the resolution "
@@ -100,6 +102,18 @@ def stream(
     return whole.first(limit)
 
 
+def _images(top: Path) -> list[str]:
+    """The names of image files below a folder, sorted."""
+    files = (p.relative_to(top).as_posix() for p in top.rglob("*") if p.is_file())
+    return sorted(n for n in files if n.lower().endswith(SUFFIXES) and "/." not in f"/{n}")
+
+
+def _channels(path: Path) -> int:
+    """3 if an image of any split has colours: grey ones then become colour in all splits."""
+    tops = [path / split for split in SPLITS if (path / split).is_dir()] or [path]
+    return max((image_shape(top / name)[0] for top in tops for name in _images(top)), default=1)
+
+
 def photographs(path: Path) -> dict[str, tuple[int, int, int]]:
     """The image files of a folder, of all its splits, and their (C, H, W)."""
     found: dict[str, tuple[int, int, int]] = {}
@@ -135,8 +149,7 @@ def _names(path: Path, split: str) -> tuple[Path, list[str]]:
     top = path / split if divided else path
     if not top.is_dir():
         raise UserError(f"{top}: there is no such folder; check the path or make it")
-    files = (p.relative_to(top).as_posix() for p in top.rglob("*") if p.is_file())
-    names = sorted(n for n in files if n.lower().endswith(SUFFIXES) and "/." not in f"/{n}")
+    names = _images(top)
     if not names:
         raise UserError(f"{top}: holds no image files (names ending in {' '.join(SUFFIXES)})")
     return top, names if divided else _of_split(names, split, path)

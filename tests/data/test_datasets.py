@@ -159,6 +159,14 @@ def test_folder_is_sorted_recursive_and_mixes_grey_with_colour(tmp_path):
         data.load(f"folder:{tmp_path}", "test")
 
 
+@pytest.mark.parametrize("folders", [("train", "test"), ("", "")])
+def test_a_split_of_grey_files_is_colour_where_the_other_is(tmp_path, folders):
+    for name, folder, depth in (("a", folders[0], 3), ("b", folders[1], 1)):
+        write_png(tmp_path / folder / f"{name}.png", 4, 4, *([3] if depth == 3 else []))
+    splits = [data.load(f"folder:{tmp_path}", s).pixels for s in ("train", "test")]
+    assert [p.shape[1:] for p in splits] == [(3, 4, 4)] * 2
+
+
 def test_folder_without_subfolders_is_divided_by_name(tmp_path):
     for i in range(100):
         write_png(tmp_path / f"{i}.png", 2, 2, seed=i)
