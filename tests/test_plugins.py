@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from own_code import CODE, own_run, write
@@ -104,6 +105,17 @@ def test_what_does_not_fit_as_a_flow_is_said_in_a_line(folder, name, message):
 def test_what_does_not_fit_as_a_data_source_is_said_in_a_line(folder, name, message):
     with pytest.raises(UserError, match=message):
         datasets.load(name, "train", resolution=4)
+
+
+def test_mapped_images_of_ones_own_stay_in_their_file(folder):
+    packed = datasets.open_stream("own:shades", resolution=4, options={"count": 40})
+    assert [file.name for file in packed.files] == ["own.py"]  # packing begins again if it changes
+    np.save("images.npy", packed.array())
+    known = datasets.load("npy:images.npy", "test")
+    found = datasets.load("own:mapped", "test", resolution=4)
+    assert found.mapped and found.sha256 == known.sha256 and found.name == "own:mapped"
+    smaller = datasets.load("own:mapped", "test", resolution=2, limit=2)
+    assert not smaller.mapped and torch.equal(smaller.pixels, known.pixels[:2, :, ::2, ::2])
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,8 @@ def draft(
     """
     if not minutes > 0 or not math.isfinite(minutes):
         raise UserError(f"--minutes {minutes:g}: must be more than 0")
+    if data.crop and not data.name.startswith("folder:"):
+        raise UserError(f"--crop {data.crop}: of folder:PATH alone; leave it out")
     on_gpu = torch.cuda.is_available()
     what, smallest, most = "", 0, 64 if on_gpu else 32
     if data.name.startswith("npy:"):
@@ -217,6 +219,10 @@ def _text(config: Config, settings: dict[str, int], steps: dict[int, int], image
     own += [f"limit = {data.limit}"] if data.limit else []
     own += ["download = true"] if data.download else []
     own += [CUT.format(side=config.model.finest, crop=data.crop)] if data.crop else []
+    if data.options:
+        import tomli_w  # as in runs.config
+
+        own += ["", tomli_w.dumps({"data": {"options": data.options}}).rstrip()]
     return TEMPLATE.format(
         images=images,
         name=config.name,
