@@ -198,6 +198,17 @@ def test_levels_of_different_code_make_one_model(folder):
     assert modes == ["zeros", "circular"]
 
 
+def test_it_is_the_file_that_runs_and_nothing_kept_beside_it(folder, monkeypatch):
+    monkeypatch.setattr("sys.dont_write_bytecode", False)
+    for number in (1, 2):  # of one length, within a second: Python's own cache misses that
+        (folder / "own.py").write_text(f"NUMBER = {number}\n")
+        assert plugins.find("own:NUMBER", "x") == number
+    assert not (folder / "__pycache__").exists()
+    (folder / "own.py").write_text("def f(:\n")
+    with pytest.raises(UserError, match=r"imported: SyntaxError: .* \(.*own.py, line 1\)"):
+        plugins.find("own:f", "x")
+
+
 def test_a_copy_for_use_has_the_code(folder):
     run = own_run(folder)
     with pytest.raises(UserError, match="--trust"):

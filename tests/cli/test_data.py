@@ -7,11 +7,12 @@ import own_code
 import pytest
 import torch
 from terminal import mrcnf_says, refused
-from tiny import smooth_images
+from tiny import images, smooth_images, tiny
 
 from mrcnf import data
 from mrcnf.data.imagefile import read_image, save_image
 from mrcnf.runs import config as configuration
+from mrcnf.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -61,6 +62,14 @@ def test_options_of_ones_own_data_are_heeded(place, capsys):
     said = mrcnf_says(capsys, "new", "mine", "--data", "own:shades", *more, *given)
     assert "7 grey images of 4×4 to train on" in said
     assert configuration.load("mine.toml").data.options == {"count": 7}
+
+
+def test_a_name_in_overrides_is_not_looked_for_in_a_run_that_is_not_trusted(place, capsys):
+    for level in (2, 4):
+        Trainer(tiny("train.steps=1"), level, images(), place / "run").run(progress=False)
+    own_code.write(place / "run/level-4")
+    said = refused(capsys, "extend", "run", "--resolution", 8, "data.name=own:shades")
+    assert "there is no own.py in the current folder" in said
 
 
 @pytest.mark.parametrize(
