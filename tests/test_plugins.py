@@ -140,6 +140,7 @@ def test_what_does_not_fit_as_an_objective_is_said_in_a_line(folder, name, messa
     [
         ("field.options.width=4", "field.options are of a field of your own; field.kind is resi"),
         ("data.options.count=4", "data.options are for a data.name of your own.*it is photos"),
+        ("data.crop=4", "data.crop is for a data.name of the form folder:PATH; it is photos"),
         ("train.options.x=1", "train.options are for a train.objective of your own"),
         ("field.kind=own:Field", "field.width = 4 is not told to own:Field; leave it out, or say"),
         ("field.kind=fancy", "choose one of residual, paper, or MODULE:OBJECT of your own"),

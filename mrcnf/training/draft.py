@@ -107,8 +107,6 @@ def draft(
     """
     if not minutes > 0 or not math.isfinite(minutes):
         raise UserError(f"--minutes {minutes:g}: must be more than 0")
-    if data.crop and not data.name.startswith("folder:"):
-        raise UserError(f"--crop {data.crop}: of folder:PATH alone; leave it out")
     on_gpu = torch.cuda.is_available()
     what, smallest, most = "", 0, 64 if on_gpu else 32
     if data.name.startswith("npy:"):

@@ -84,7 +84,7 @@ def test_a_name_in_overrides_is_not_looked_for_in_a_run_that_is_not_trusted(plac
         (["pack", "photos", "--out", "x.npy", "--limit", -1], "data.limit must be at least 0"),
         (["pack", "photos", "--out", "test.npy"], "but it is train; add --split test, or choose"),
         (["new", "a/b c", "--data", "photos"], "use letters, digits"),
-        (["new", "n", "--data", "photos", "--crop", 3], "--crop 3: of folder:PATH alone"),
+        (["new", "n", "--data", "photos", "--crop", 3], "data.crop is for a data.name of"),
         (["new", "n", "--data", "folder:none"], "none: there is no such folder"),
         (["new", "n", "--data", "folder:photos", "--minutes", -1], "must be more than 0"),
     ],
