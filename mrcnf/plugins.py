@@ -149,6 +149,8 @@ def check_call(function: Any, where: str, *arguments: Any, **options: Any) -> No
 
 def place_of(error: BaseException) -> str:
     """What went wrong, and in which line of which file, in one line."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename).resolve() in _from_files]
     last = (own or frames)[-1]
@@ -218,17 +220,19 @@ def _module(name: str, where: str) -> ModuleType:
 
 def _from_file(path: Path, name: str, where: str) -> ModuleType:
     """A module made of a file; again if it has changed since."""
-    digest = _hash(path.read_bytes())
+    code = path.read_bytes()
+    digest = _hash(code)
     if path in _from_files and _from_files[path][0] == digest:
         return _from_files[path][1]
     # Each level of a run has a file of this name, so the name alone would not tell them apart.
     unique = f"{name}@{_hash(str(path).encode())[:12]}"
     spec = importlib.util.spec_from_file_location(unique, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
     before, sys.modules[unique] = sys.modules.get(unique), module  # dataclasses look there
     try:
-        spec.loader.exec_module(module)
+        # Not by the loader, which would believe a __pycache__ beside the file, whoever wrote that.
+        exec(compile(code, str(path), "exec", dont_inherit=True), module.__dict__)
     except Exception as error:
         del sys.modules[unique]
         if before is not None:

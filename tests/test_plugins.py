@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from own_code import CODE, own_run, write
@@ -106,6 +107,17 @@ def test_what_does_not_fit_as_a_data_source_is_said_in_a_line(folder, name, mess
         datasets.load(name, "train", resolution=4)
 
 
+def test_mapped_images_of_ones_own_stay_in_their_file(folder):
+    packed = datasets.open_stream("own:shades", resolution=4, options={"count": 40})
+    assert [file.name for file in packed.files] == ["own.py"]  # packing begins again if it changes
+    np.save("images.npy", packed.array())
+    known = datasets.load("npy:images.npy", "test")
+    found = datasets.load("own:mapped", "test", resolution=4)
+    assert found.mapped and found.sha256 == known.sha256 and found.name == "own:mapped"
+    smaller = datasets.load("own:mapped", "test", resolution=2, limit=2)
+    assert not smaller.mapped and torch.equal(smaller.pixels, known.pixels[:2, :, ::2, ::2])
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -128,6 +140,7 @@ def test_what_does_not_fit_as_an_objective_is_said_in_a_line(folder, name, messa
     [
         ("field.options.width=4", "field.options are of a field of your own; field.kind is resi"),
         ("data.options.count=4", "data.options are for a data.name of your own.*it is photos"),
+        ("data.crop=4", "data.crop is for a data.name of the form folder:PATH; it is photos"),
         ("train.options.x=1", "train.options are for a train.objective of your own"),
         ("field.kind=own:Field", "field.width = 4 is not told to own:Field; leave it out, or say"),
         ("field.kind=fancy", "choose one of residual, paper, or MODULE:OBJECT of your own"),
@@ -184,6 +197,17 @@ def test_levels_of_different_code_make_one_model(folder):
         model = mrcnf.load(out, trust=True)
     modes = [level.flow.fields[0].first.padding_mode for level in model]
     assert modes == ["zeros", "circular"]
+
+
+def test_it_is_the_file_that_runs_and_nothing_kept_beside_it(folder, monkeypatch):
+    monkeypatch.setattr("sys.dont_write_bytecode", False)
+    for number in (1, 2):  # of one length, within a second: Python's own cache misses that
+        (folder / "own.py").write_text(f"NUMBER = {number}\n")
+        assert plugins.find("own:NUMBER", "x") == number
+    assert not (folder / "__pycache__").exists()
+    (folder / "own.py").write_text("def f(:\n")
+    with pytest.raises(UserError, match=r"imported: SyntaxError: .* \(.*own.py, line 1\)"):
+        plugins.find("own:f", "x")
 
 
 def test_a_copy_for_use_has_the_code(folder):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from mrcnf import files, runtime
 from mrcnf.cli.common import Overrides
-from mrcnf.data import datasets, packing
+from mrcnf.data import datasets, folders, packing
 from mrcnf.errors import UserError
 from mrcnf.runs import config as configuration
 from mrcnf.runs.settings import DataConfig
@@ -90,16 +90,22 @@ def pack(
         overrides: settings of data, e.g. data.root=DIR, data.download=true.
     """
     settings = _data(data, overrides, crop=crop, limit=limit)
+    if out.stem in folders.SPLITS and out.stem != split:
+        raise UserError(
+            f"{out}: in npy:{out.parent} this would be the split {out.stem}, but it is {split}; "
+            f"add --split {out.stem}, or choose another --out"
+        )
     stream = datasets.open_stream(
         data, split, root=settings.root, resolution=resolution or None,
         limit=settings.limit or None, download=settings.download, crop=settings.crop,
+        options=settings.options,
     )  # fmt: skip
     size = math.prod(stream.shape[1:])
     with tqdm(total=len(stream) * size, desc=out.name, unit="B", unit_scale=True,
               disable=not sys.stderr.isatty()) as bar:  # fmt: skip
         found = packing.pack(
             stream, out, name=data, split=split, resolution=resolution or None, crop=settings.crop,
-            report=lambda done: bar.update(done * size - bar.n),
+            options=settings.options, report=lambda done: bar.update(done * size - bar.n),
         )  # fmt: skip
     count, channels, height, width = stream.shape
     sources = "" if stream.groups is None else f" of {len(set(stream.groups.tolist()))} photographs"

@@ -91,7 +91,9 @@ def extend(
         if target != run:
             assembling.assemble([run], target, keep=resume, trust=trust)
 
-    with plugins.beside(checkpoint.level_folder(target, resolution), finest_folder(run)):
+    # Without trust the run names no code: what the overrides name is not looked for in it.
+    folders = [checkpoint.level_folder(target, resolution), finest_folder(run)] if trust else []
+    with plugins.beside(*folders):
         training.train_levels(settings, [resolution], target, resume=resume, ready=copy)
     _say_trained(target, [resolution])
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from mrcnf.data.formats import open_npz, read_array
 from mrcnf.data.mapped import Mapped, beside, describe, digest
 from mrcnf.data.streams import Stream
 from mrcnf.errors import UserError
+
+T = TypeVar("T", "Images", Stream)
 
 NAMES = ("photos", *published.PUBLISHED, "folder:PATH", "npz:PATH", "npy:PATH",
          "MODULE:OBJECT of your own")  # fmt: skip
@@ -115,7 +117,8 @@ def load(
     (N,H,W), and possibly names or numbers (N,) of photographs in train.groups.npy and so on. They
     stay in the file, memory-mapped, and `Images.take` reads those that are wanted.
     `MODULE:OBJECT`: a function of your own, called as `f(split, resolution, **options)`. It answers
-    Images, or uint8 (N,C,H,W) as a tensor or an array, at `resolution` or 2^k times as large.
+    Images, or uint8 (N,C,H,W) as a tensor or an array, at `resolution` or 2^k times as large;
+    `resolution` is None where none was asked for. Memory-mapped Images that have it stay so.
 
     `root`: folder of the published files; by default $MRCNF_DATA, otherwise ./data.
     `resolution` (pixels): images 2^k times as large are averaged over 2^k×2^k pixels, rounding
@@ -135,13 +138,20 @@ def load(
     shape or type, sizes that do not lead to `resolution`, and splits without images.
     """
     kind, _, place = name.partition(":")
+    _check(split, resolution, limit, crop, kind)
     if kind == "npy" and place:
-        _check(split, resolution, limit, crop, kind)
-        return _mapped(name, Path(place).expanduser(), split, resolution).first(limit)
-    stream = open_stream(
-        name, split, root=root, resolution=resolution, limit=limit, download=download, crop=crop,
-        options=options,
-    )  # fmt: skip
+        images = _mapped(name, Path(place).expanduser(), split, resolution)
+        return _some(images, name, split).first(limit)
+    if plugins.is_own(name):
+        own = _own(name, split, resolution, options or {})
+        if isinstance(own, Images) and own.shape[2:] == (resolution or own.shape[2],) * 2:
+            return _some(own, name, split).first(limit)
+        stream = _some(_own_stream(own, name, resolution), name, split).first(limit)
+    else:
+        stream = open_stream(
+            name, split, root=root, resolution=resolution, limit=limit, download=download,
+            crop=crop,
+        )  # fmt: skip
     groups = None if stream.groups is None else torch.from_numpy(stream.groups)
     return Images(torch.from_numpy(stream.array()), name, split, groups)
 
@@ -168,13 +178,17 @@ def open_stream(
         images = _mapped(name, path, split, None)
         stream = images.stream().halved(resolution, path)
     elif plugins.is_own(name):
-        pixels, groups = _own(name, split, resolution, options or {})
-        stream = streams.of_array(pixels, groups).halved(resolution, Path(name))
+        stream = _own_stream(_own(name, split, resolution, options or {}), name, resolution)
     else:
         raise UserError(f"data name '{name}' is unknown; choose one of {', '.join(NAMES)}")
-    if not len(stream):
+    return _some(stream, name, split).first(limit)
+
+
+def _some(images: T, name: str, split: str) -> T:
+    """What was found, unless it is nothing."""
+    if not len(images):
         raise UserError(f"{name}: split '{split}' has no images; add some or choose another split")
-    return stream.first(limit)
+    return images
 
 
 def _check(split: str, resolution: int | None, limit: int | None, crop: int, kind: str) -> None:
@@ -216,11 +230,13 @@ def _photos(split: str, resolution: int) -> Stream:
 
 def _own(
     name: str, split: str, resolution: int | None, options: Mapping[str, Any]
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The pixels, and groups if there are any, that a user's own function answers."""
+) -> Images | Stream:
+    """What a user's own function answers: as Images where they are mapped, and stay in the file."""
     found = plugins.call(name, "data.name", split, resolution, **options)
     groups: torch.Tensor | None = None
     if isinstance(found, Images):
+        if found.mapped:
+            return Images(found._source, name, split, found.groups)
         groups, found = found.groups, found.pixels
     pixels = found.cpu().numpy() if isinstance(found, torch.Tensor) else found
     if not isinstance(pixels, np.ndarray):
@@ -236,7 +252,13 @@ def _own(
     if groups is not None and groups.shape != (len(pixels),):
         raise UserError(f"data.name '{name}' answers groups of shape {tuple(groups.shape)} for "
                         f"{len(pixels)} images")  # fmt: skip
-    return pixels, None if groups is None else groups.cpu().numpy()
+    return streams.of_array(pixels, None if groups is None else groups.cpu().numpy())
+
+
+def _own_stream(own: Images | Stream, name: str, resolution: int | None) -> Stream:
+    stream = own.stream() if isinstance(own, Images) else own
+    code = tuple(plugins.sources([name]).values())
+    return replace(stream.halved(resolution, Path(name)), files=(*stream.files, *code))
 
 
 def _npz(path: Path, split: str) -> Stream:

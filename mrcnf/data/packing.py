@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,19 +43,21 @@ def pack(
     split: str = "train",
     resolution: int | None = None,
     crop: int = 0,
+    options: Mapping[str, Any] | None = None,
     report: Callable[[int], object] = lambda done: None,
 ) -> Description:
     """Write images into `out`, which ends in .npy; returns what is noted beside it.
 
-    `name`, `split`, `resolution`, `crop`: where the stream is from. `report` is told how many
-    images are written, again and again.
+    `name`, `split`, `resolution`, `crop`, `options`: where the stream is from. `report` is told how
+    many images are written, again and again.
 
     Raises UserError if `out` exists, does not end in .npy, cannot be written or is being written by
     another process, if the disk has no room for it, and for what the stream raises. Whatever stops
     it, what is written so far stays, and the same call goes on from there.
     """
     about = {"name": name, "split": split, "resolution": resolution or 0, "crop": crop}
-    source = {**about, "shape": list(stream.shape), "files": _states(stream)}
+    source = {**about, "options": repr(options or {}), "shape": list(stream.shape),
+              "files": _states(stream)}  # fmt: skip
     part, header = out.with_name(out.name + ".part"), _header(stream.shape)
     _check_free(out)
     with _writing(out):

@@ -99,7 +99,8 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 def override(table: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """A copy of the table with `section.key=value` entries set; values as in TOML.
 
-    With a name of another object (`data.name`, `field.kind`, …), the options of the last one go.
+    With a name of another object (`data.name`, `field.kind`, …), the options of the last one go,
+    and with one of no folder `data.crop`.
 
     Raises:
         UserError: an assignment without "=".
@@ -123,6 +124,10 @@ def override(table: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any
             continue
         if new.get(key, old.get(key)) != old.get(key):
             changed[section]["options"] = new.get("options", {})
+    match given.get("data"):
+        case {"name": str(name), **others} if not name.startswith("folder:"):
+            if "crop" not in others:
+                changed["data"].pop("crop", None)
     return changed
 
 

@@ -52,7 +52,7 @@ def open_images(
             resolution=model.finest,
             limit=(settings.limit or None) if split == "train" else None,
             download=settings.download,
-            crop=settings.crop if settings.name.startswith("folder:") else 0,
+            crop=settings.crop,
             options=settings.options,
         )
     match_model(model, images)

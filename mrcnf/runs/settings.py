@@ -63,6 +63,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         check("data", self)
         _check_options("data", self.options, "name", self.name)
+        if self.crop and not self.name.startswith("folder:"):
+            raise UserError(
+                f"data.crop is for a data.name of the form folder:PATH; it is {self.name}"
+            )
 
 
 @dataclass(frozen=True)

@@ -217,6 +217,10 @@ def _text(config: Config, settings: dict[str, int], steps: dict[int, int], image
     own += [f"limit = {data.limit}"] if data.limit else []
     own += ["download = true"] if data.download else []
     own += [CUT.format(side=config.model.finest, crop=data.crop)] if data.crop else []
+    if data.options:
+        import tomli_w  # as in runs.config
+
+        own += ["", tomli_w.dumps({"data": {"options": data.options}}).rstrip()]
     return TEMPLATE.format(
         images=images,
         name=config.name,

@@ -3,13 +3,16 @@
 import json
 
 import numpy as np
+import own_code
 import pytest
 import torch
 from terminal import mrcnf_says, refused
-from tiny import smooth_images
+from tiny import images, smooth_images, tiny
 
 from mrcnf import data
 from mrcnf.data.imagefile import read_image, save_image
+from mrcnf.runs import config as configuration
+from mrcnf.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -51,6 +54,25 @@ def test_packed_photographs_are_those_of_the_folder(place, capsys):
         assert f"{len(known)} images of 3×4×4 of {len(known.groups.unique())} photograph" in said
 
 
+def test_options_of_ones_own_data_are_heeded(place, capsys):
+    own_code.write(place)
+    given = ("--data.options.count", 7)
+    said = mrcnf_says(capsys, "pack", "own:shades", "--out", "a.npy", "--resolution", 4, *given)
+    assert "a.npy: 7 images of 1×4×4 from own:shades, train" in said
+    more = ("--resolutions", 2, 4, "--minutes", 0.001)
+    said = mrcnf_says(capsys, "new", "mine", "--data", "own:shades", *more, *given)
+    assert "7 grey images of 4×4 to train on" in said
+    assert configuration.load("mine.toml").data.options == {"count": 7}
+
+
+def test_a_name_in_overrides_is_not_looked_for_in_a_run_that_is_not_trusted(place, capsys):
+    for level in (2, 4):
+        Trainer(tiny("train.steps=1"), level, images(), place / "run").run(progress=False)
+    own_code.write(place / "run/level-4")
+    said = refused(capsys, "extend", "run", "--resolution", 8, "data.name=own:shades")
+    assert "there is no own.py in the current folder" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -61,7 +83,9 @@ def test_packed_photographs_are_those_of_the_folder(place, capsys):
         (["pack", "photos", "--out", "x.npy", "train.steps=3"], "train is not asked for here"),
         (["pack", "npy:float.npy", "--out", "x.npy"], "holds float64"),
         (["pack", "photos", "--out", "x.npy", "--limit", -1], "data.limit must be at least 0"),
+        (["pack", "photos", "--out", "test.npy"], "but it is train; add --split test, or choose"),
         (["new", "a/b c", "--data", "photos"], "use letters, digits"),
+        (["new", "n", "--data", "photos", "--crop", 3], "data.crop is for a data.name of"),
         (["new", "n", "--data", "folder:none"], "none: there is no such folder"),
         (["new", "n", "--data", "folder:photos", "--minutes", -1], "must be more than 0"),
     ],

@@ -152,3 +152,9 @@ def test_nothing_is_copied_on_opening(tmp_path):
     path = save(tmp_path / "train.npy", random_images(8, 3, 4, 4))
     mapped = Mapped(path)
     assert np.shares_memory(mapped.tensor().numpy(), mapped.first(3).tensor().numpy())
+
+
+def test_a_split_without_images_is_refused(tmp_path):
+    np.save(tmp_path / "few.npy", random_images(3, 4, 4))  # none of three is test
+    with pytest.raises(UserError, match="split 'test' has no images"):
+        data.load(f"npy:{tmp_path}/few.npy", "test")

@@ -79,18 +79,19 @@ def test_any_source_comes_back_the_same(tmp_path, folder, monkeypatch, name, opt
     assert {p.name for p in out.parent.iterdir()} <= {"x.npy", "x.info.json", "x.groups.npy"}
 
 
-def test_what_is_left_of_something_else_is_not_gone_on_with(tmp_path):
+@pytest.mark.parametrize("other", [{"name": "other"}, {"name": "one", "options": {"seed": 1}}])
+def test_what_is_left_of_something_else_is_not_gone_on_with(tmp_path, other):
     out = tmp_path / "x.npy"
 
     def interrupt(done):
         if done:
             raise KeyboardInterrupt
 
-    one, other = (streams.of_array(random_images(9, 1, 4, 4, seed=i)) for i in range(2))
+    first, second = (streams.of_array(random_images(9, 1, 4, 4, seed=i)) for i in range(2))
     with pytest.raises(KeyboardInterrupt):
-        packing.pack(one, out, name="one", report=interrupt)
-    packing.pack(other, out, name="other")
-    assert np.array_equal(np.load(out), other.array())
+        packing.pack(first, out, name="one", report=interrupt)
+    packing.pack(second, out, **other)
+    assert np.array_equal(np.load(out), second.array())
 
 
 @pytest.mark.parametrize("harm", ["shortened", "state", "header"])

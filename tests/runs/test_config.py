@@ -215,3 +215,10 @@ def test_options_go_with_the_object_that_they_are_of():
     other = config.override(table, ["data.options.z=3", "data.name=e:f"])
     assert other["data"] == {"name": "e:f", "options": {"z": 3}}
     assert table["data"]["options"] == {"x": 1}
+
+
+def test_crops_go_with_the_folder():
+    table = {"data": {"name": "folder:a", "crop": 5}}
+    assert config.override(table, ["data.name=folder:b"])["data"]["crop"] == 5
+    assert config.override(table, ["data.name=a:b"])["data"] == {"name": "a:b"}
+    assert config.override(table, ["data.name=photos", "data.crop=3"])["data"]["crop"] == 3
