@@ -83,7 +83,7 @@ def test_a_row_is_measured_once_and_told(few, tmp_path, monkeypatch, capsys):
         told.append(capsys.readouterr().out)
     assert told[0] == told[1] and f"{measured['cost']['parameters']:,}" in told[0]
     assert "| coupling | +0.0000 ± 0.0000 |" in told[0]
-    assert len(list((tmp_path / "figures").glob("*.png"))) == 5
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 6
 
 
 def test_the_page_has_the_tables_of_the_numbers_that_are_kept(monkeypatch, capsys):

@@ -182,6 +182,7 @@ def test_a_run_is_extended_by_the_same_flow(split, tmp_path, capsys):
     assert "level 16" in said and "shuffle context" in said.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_command_writes_heads_beside_the_weights(tmp_path, capsys):
     data = write_npz(tmp_path / "data")
     run = trained(tmp_path / "run", f"data.name={data}")

@@ -23,6 +23,7 @@ def test_info_needs_only_the_weights(run, capsys):
     assert "flow-matching, step 4 of 4" in said and "npz:" in said
 
 
+@pytest.mark.slow
 def test_check_proves_the_numerics(tmp_path, capsys):
     said = mrcnf_says(capsys, "check", "--json", tmp_path / "check.json")
     findings = json.loads((tmp_path / "check.json").read_text())

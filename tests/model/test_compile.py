@@ -39,10 +39,8 @@ def ran(backend, work):
 
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch's tracer warns of what it does itself
-@pytest.mark.parametrize(
-    "noise, kind",
-    [("uniform", "paper"), pytest.param("variational", "residual", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("noise, kind", [("uniform", "paper"), ("variational", "residual")])
 def test_every_level_runs_compiled_at_every_shape_in_training_and_evaluation(noise, kind):
     """More shapes than torch.compile makes code for, if the levels had to share its count."""
     torch._dynamo.reset()
