@@ -239,7 +239,9 @@ def training(subjects: Sequence[Subject]) -> list[Block]:
     if not losses:
         blocks.append(Text("There is no loss to show: no level has a metrics.jsonl.", aside=True))
     if not curves:
-        why = "There is no curve of test bits: train with train.evaluate_every=500 to have one."
+        fewest = min(level["steps"] for subject in subjects for level in subject.levels.values())
+        every = f"train.evaluate_every={max(1, min(500, fewest // 5))}"
+        why = f"There is no curve of test bits: train with {every} to have one."
         blocks.append(Text(why, aside=True))
     return blocks
 
