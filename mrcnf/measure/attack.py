@@ -174,8 +174,8 @@ def random_signs(images: Tensor, epsilon: int, seed: int = 0) -> Tensor:
 def checkerboard(images: Tensor, epsilon: int) -> Tensor:
     """Neighbouring pixels, and neighbouring channels, moved by ε in opposite directions.
 
-    No pattern is further from what photographs vary in, and gradients do not lead there: between
-    an image and its checkerboard lies texture, which costs less than either gains.
+    The highest frequency in space and in colour, of which photographs have least; ascent from an
+    image need not find it.
 
     Returns:
         uint8 (N, C, H, W), within the range of pixels.

@@ -63,8 +63,8 @@ class Evaluation:
     convergence: list[dict[str, Any]] = field(default_factory=list)
     """The same noise and probes on a subset, solved more and more finely."""
     bits: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False, compare=False)
-    """Each level's share of the bits per dimension of each image, (levels, images), of few
-    steps where there is a correction; not in the JSON."""
+    """Each level's share of the bits per dimension of each image, (levels, images), the same
+    correction in all; not in the JSON."""
 
     def to_json(self) -> str:
         table = asdict(self)
@@ -153,16 +153,16 @@ def evaluate(
         )  # fmt: skip
     few = {} if found is None else found.few
     bits, costs = _bits(levels, images.pixels, batch, draws, seed, few, progress=progress)
+    if found is not None:
+        bits += found.differences.mean(1, keepdim=True)
+
+    def off(found: correction.Plan, which: slice) -> tuple[float, float]:
+        groups = None if images.groups is None else images.groups[found.chosen]
+        return mean_and_error(found.differences[which].sum(0), groups)
 
     def mean(which: slice) -> tuple[float, float]:
         value, error = mean_and_error(bits[which].sum(0), images.groups)
-        if found is None:
-            return value, error
-        shift, own = mean_and_error(
-            found.differences[which].sum(0),
-            None if images.groups is None else images.groups[found.chosen],
-        )
-        return value + shift, math.hypot(error, own)
+        return value, error if found is None else math.hypot(error, off(found, which)[1])
 
     reports = []
     for i, level in enumerate(levels):
@@ -174,7 +174,7 @@ def evaluate(
     bpd, error = mean(slice(None))
     corrected = None
     if found is not None:
-        shift, own = mean_and_error(found.differences.sum(0), None)
+        shift, own = off(found, slice(None))
         corrected = {"bpd": shift, "bpd_stderr": own, "images": len(found.chosen)}
     return Evaluation(
         data=f"{images.name} {images.split}".strip(),

@@ -62,7 +62,8 @@ def resolutions(subjects: Sequence[Subject]) -> list[int]:
 def command(subject: Subject, name: str, *options: object, takes: Sequence[str] = ()) -> str:
     """A command line about a run, with those of the page's overrides whose section it takes."""
     overrides = [given for given in subject.overrides if given.split(".")[0] in takes]
-    return shlex.join(["mrcnf", name, str(subject.run), *map(str, options), *overrides])
+    trust = ["--trust"] if subject.limits.trust else []
+    return shlex.join(["mrcnf", name, str(subject.run), *map(str, options), *trust, *overrides])
 
 
 def bits(subjects: Sequence[Subject]) -> list[Block]:

@@ -127,6 +127,7 @@ def _command(name: str, subjects: Sequence[Subject], out: Path) -> str:
         "--device": (limits.device, usual.device),
     }
     given = [str(w) for key, (v, default) in options.items() if v != default for w in (key, v)]
+    given += ["--trust"] if limits.trust else []
     runs = [str(subject.run) for subject in subjects]
     return shlex.join(["mrcnf", name, *runs, "--out", str(out), *given, *subjects[0].overrides])
 

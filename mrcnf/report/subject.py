@@ -132,9 +132,7 @@ class Subject:
     @property
     def test(self) -> Images:
         """All test images."""
-        return self._once(
-            "test", lambda: self._images(self.settings.data, "test")
-        )
+        return self._once("test", lambda: self._images(self.settings.data, "test"))
 
     @property
     def test_data(self) -> str:
