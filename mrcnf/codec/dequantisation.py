@@ -8,13 +8,14 @@ where they are: noise that would lead out at one end comes in at the other, and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from mrcnf.codec.ans import CodingError, Stack
 from mrcnf.codec.tables import LOG_2, OCTAVE
-from mrcnf.image import haar
-from mrcnf.image.learned_noise import PAIRS, bend, unbend
+from mrcnf.image.learned_noise import Bends, Corners, bend, unbend
 from mrcnf.image.noise import GAUSSIAN_STD
 
 _SIGMA = 5 * OCTAVE
@@ -23,6 +24,9 @@ _LEAST, _MOST = OCTAVE, _SIGMA + 2 * OCTAVE
 """Indices that the noise is kept between when the bend stretches it."""
 _SMALLEST = 20 * 2 ** (_MOST // OCTAVE)
 """Shorter intervals are left as they are: noise could go round in them."""
+
+
+_Move = Callable[[Stack, Tensor, Tensor, Tensor, Tensor, tuple[int, ...]], Tensor]
 
 
 def pop(stack: Stack, kind: str, shape: tuple[int, ...], bits: int) -> Tensor:
@@ -40,50 +44,44 @@ def push(stack: Stack, kind: str, noise: Tensor, bits: int) -> None:
         stack.push_uniform(noise.numpy(), bits)
 
 
-class Bends:
+class BentNoise:
     """Learned noise in sub-cells.
 
     Args:
-        shift, log_slope: of `LearnedNoise.bends`, for the integers at hand.
+        bends: of `LearnedNoise.bends`, for the integers at hand.
         pairs: whether the noise of pixels is bent in pairs, whose sums are kept to the last
             unit, and with them the coarser image of `lifting.sums`.
         bits: of the sub-cells.
     """
 
-    def __init__(self, shift: Tensor, log_slope: Tensor, pairs: bool, bits: int) -> None:
-        self.shift, self.log_slope, self.pairs = shift.double(), log_slope.double(), pairs
-        self.cell = 1 << bits
+    def __init__(self, bends: Bends, pairs: bool, bits: int) -> None:
+        self.bends = Bends(
+            bends.shift.double(), bends.log_slope.double(), tuple(w.double() for w in bends.links)
+        )
+        self.pairs, self.cell = pairs, 1 << bits
 
     def apply(self, stack: Stack, noise: Tensor, key: tuple[int, ...]) -> Tensor:
         """Uniform noise (sub-cells, int64) bent, by way of the stack."""
-        if not self.pairs:
-            size = torch.full_like(noise, self.cell)
-            return _apply(stack, noise, size, self.shift, self.log_slope, key)
-        corners = list(haar.patches(noise))
-        for number, (one, other, shift, log_slope) in enumerate(self._passes()):
-            both, low, size = self._interval(corners[one], corners[other])
-            place = corners[one] - low
-            corners[one] = low + _apply(stack, place, size, shift, log_slope, (*key, number))
-            corners[other] = both - corners[one]
-        return haar.interleave(*corners)
+        return self._go(stack, noise, key, _apply, 1)
 
     def undo(self, stack: Stack, noise: Tensor, key: tuple[int, ...]) -> Tensor:
         """The inverse of `apply`, which gives the stack back what that popped."""
+        return self._go(stack, noise, key, _undo, -1)
+
+    def _go(
+        self, stack: Stack, noise: Tensor, key: tuple[int, ...], move: _Move, order: int
+    ) -> Tensor:
         if not self.pairs:
             size = torch.full_like(noise, self.cell)
-            return _undo(stack, noise, size, self.shift, self.log_slope, key)
-        corners = list(haar.patches(noise))
-        for number, (one, other, shift, log_slope) in reversed(list(enumerate(self._passes()))):
-            both, low, size = self._interval(corners[one], corners[other])
-            place = corners[one] - low
-            corners[one] = low + _undo(stack, place, size, shift, log_slope, (*key, number))
-            corners[other] = both - corners[one]
-        return haar.interleave(*corners)
-
-    def _passes(self) -> list[tuple[int, int, Tensor, Tensor]]:
-        count = len(PAIRS)
-        parts = zip(PAIRS, self.shift.chunk(count, 1), self.log_slope.chunk(count, 1), strict=True)
-        return [(one, other, shift, slope) for (one, other), shift, slope in parts]
+            return move(stack, noise, size, self.bends.shift, self.bends.log_slope, key)
+        corners = Corners(noise, bool(self.bends.links), self.cell, (self.cell - 1) / 2)
+        for number, step in list(enumerate(corners.passes()))[::order]:
+            one, other = corners.pair(step)
+            shift, slope = self.bends.of(corners, step)
+            both, low, size = self._interval(one, other)
+            one = low + move(stack, one - low, size, shift, slope, (*key, number))
+            corners.set(step, one, both - one)
+        return corners.whole()
 
     def _interval(self, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The sum of two sub-cells, the least that the first can be, and its number of values."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mrcnf.codec import lattice as lattices
 from mrcnf.codec.ans import Stack
-from mrcnf.codec.dequantisation import Bends
+from mrcnf.codec.dequantisation import BentNoise
 from mrcnf.codec.lattice import Lattice
 from mrcnf.codec.settings import LevelSettings
 from mrcnf.codec.steps import Code, Piece
@@ -55,12 +55,12 @@ class LevelCoder:
         """What the flow is told of a coarse image in density units, in any precision."""
         return None if coarse is None else self.level.condition(coarse.to(self.level.dtype))
 
-    def bends(self, integers: Tensor, condition: Tensor | None) -> Bends | None:
+    def bends(self, integers: Tensor, condition: Tensor | None) -> BentNoise | None:
         """What learned noise does to sub-cells of these integers, if the level has any."""
         if self.level.learned_noise is None:
             return None
-        shift, log_slope = self.level.noise_bends(integers.to(self.level.dtype), condition)
-        return Bends(shift, log_slope, bool(self.level.learned_noise.pairs), self.bits)
+        bends = self.level.noise_bends(integers.to(self.level.dtype), condition)
+        return BentNoise(bends, bool(self.level.learned_noise.pairs), self.bits)
 
     def push(self, stack: Stack, values: Tensor, condition: Tensor | None, key: Key) -> None:
         """Push coefficients, integers of the pyramid (N, C, H, W), int64."""

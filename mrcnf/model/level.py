@@ -22,7 +22,7 @@ from mrcnf.flows.tiled import Tiled
 from mrcnf.flows.trace import Trace
 from mrcnf.image import pyramids
 from mrcnf.image.bits import log_prob_of_integers
-from mrcnf.image.learned_noise import LearnedNoise
+from mrcnf.image.learned_noise import Bends, LearnedNoise
 from mrcnf.image.straight import floor
 from mrcnf.model.building import build_flow, try_out
 from mrcnf.model.settings import FieldConfig, FlowConfig, ModelConfig
@@ -189,7 +189,7 @@ class Level(nn.Module):
             found if self.pyramid.own_noise else self.coefficients(found)[0]
         )
 
-    def noise_bends(self, integers: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+    def noise_bends(self, integers: Tensor, condition: Tensor | None) -> Bends:
         """How the learned noise bends noise in the cells of these integers: `LearnedNoise.bends`.
 
         Args:
@@ -199,10 +199,14 @@ class Level(nn.Module):
         return self.learned_noise.bends(self._of_cells(integers + 0.5)[0], condition)
 
     @torch.no_grad()
-    def fit_standardisation(self, x: Tensor) -> None:
-        """Set the units from dequantised training images x, and tell the flow."""
+    def fit_standardisation(self, x: Tensor, *, turn: bool = True) -> None:
+        """Set the units from dequantised training images x, and tell the flow.
+
+        Args:
+            turn: look for axes too, if the model has them; False keeps those that are there.
+        """
         values, coarse = self.coefficients(x)
-        self.units.fit(values, whiten=self.model.whiten)
+        self.units.fit(values, whiten=turn and self.model.whiten)
         if self.coarse_units is not None and coarse is not None:
             self.coarse_units.fit(self.pyramid.known(coarse))
         if self.noisy:
