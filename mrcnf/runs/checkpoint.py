@@ -146,13 +146,16 @@ def load_level(
     return level.to(device).eval().requires_grad_(False)
 
 
-def load_weights(run: Path | str, level: Level) -> None:
+def load_weights(run: Path | str, level: Level, resolution: int = 0) -> None:
     """Give a level the weights and the standardisation of its namesake in a trained run.
+
+    Args:
+        resolution: of another level of the run to take them from.
 
     Raises:
         UserError: the run has no such level, or one of another field or model.
     """
-    origin, tensors, _ = _read_level(_weights_of(run, level.resolution))
+    origin, tensors, _ = _read_level(_weights_of(run, resolution or level.resolution))
     check_weights(origin, any(name.startswith(_NOISE) for name in tensors), level)
     _fill(level, tensors, origin.path)
 

@@ -64,7 +64,9 @@ def extended_config(
     levels = json.dumps([*model.resolutions, resolution])
     # The finest level's starting weights are none for the new level, and other images may have no
     # test split for a curve.
-    own = [f"model.resolutions={levels}", "train.init=", "train.evaluate_every=0"]
+    own = [
+        f"model.resolutions={levels}", "train.init=", "train.init_level=0", "train.evaluate_every=0"
+    ]  # fmt: skip
     settings = finest_config(run, [*own, *overrides])
     wanted = dataclasses.replace(model, resolutions=(*model.resolutions, resolution))
     for name in ("resolutions", *SHARED):

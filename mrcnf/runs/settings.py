@@ -30,7 +30,7 @@ TIMES = ("logit-normal", "mixed", "uniform", "log-uniform", "likelihood")
 """How flow matching draws its times t."""
 OPTIMIZERS = ("muon", "adam")
 """What takes the steps."""
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "linear", "constant")
 """How the learning rate goes on after its rise."""
 PRECISIONS = ("float32", "bfloat16")
 """What the networks compute in."""
@@ -80,6 +80,9 @@ class TrainConfig:
     """Keyword arguments of an objective of your own."""
     init: str = ""
     """Run whose level of the same resolution supplies the starting weights; empty starts afresh."""
+    init_level: Annotated[int, at_least(0)] = 0
+    """Resolution of the level of that run, where another one is to supply them: details look much
+    the same at all scales. Its networks and axes are taken, units are fitted anew. 0: the same."""
     steps: Annotated[int, at_least(1)] = 4000
     """Optimiser steps."""
     minutes: Annotated[float, NOT_NEGATIVE] = 0.0
@@ -98,7 +101,7 @@ class TrainConfig:
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.3
     """Shrinking of the weights that Muon trains, per step and unit of learning rate."""
     schedule: Annotated[str, Choice(SCHEDULES)] = "cosine"
-    """cosine (falls to 0 at the last step) or constant, both after the warm-up."""
+    """cosine or linear (both fall to 0 at the last step) or constant, after the warm-up."""
     warmup: Annotated[int, at_least(0)] = 100
     """Steps over which the learning rate rises linearly."""
     ema: Annotated[float, SHARE] = 0.999
@@ -166,6 +169,8 @@ class TrainConfig:
             raise UserError(
                 f"train.batch {self.batch} must be a multiple of micro_batches {self.micro_batches}"
             )
+        if self.init_level and not self.init:
+            raise UserError("train.init_level is of train.init; name the run there, too")
         if self.attack_share and not self.attacked:
             raise UserError(
                 f"train.attack_share {self.attack_share:g} is no image of a micro-batch of "

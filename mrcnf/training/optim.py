@@ -113,15 +113,15 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A linear rise over the first steps, then half a cosine down to 0 at the end."""
+    """A linear rise over the first steps, then a fall to 0 at the end."""
 
     peak: float
     warmup: int
     steps: int
     minutes: float = 0.0
     """Training time that decides the end instead of `steps`, unless it is 0."""
-    falls: bool = True
-    """False keeps the peak after the rise."""
+    fall: str = "cosine"
+    """cosine (half a period), linear, or constant: no fall."""
 
     def progress(self, step: int, seconds: float) -> float:
         """How much is done after so many steps and so much time, from 0 to 1."""
@@ -129,5 +129,10 @@ class Schedule:
 
     def learning_rate(self, step: int, seconds: float) -> float:
         rise = min(1.0, (step + 1) / max(1, self.warmup))
-        fall = 0.5 * (1 + math.cos(math.pi * self.progress(step, seconds))) if self.falls else 1.0
+        progress = self.progress(step, seconds)
+        fall = {
+            "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+            "linear": 1 - progress,
+            "constant": 1.0,
+        }[self.fall]
         return self.peak * rise * fall

@@ -33,13 +33,29 @@ def prepare_level(config: Config, resolution: int, images: Images) -> Level:
         level = Level(
             model, resolution, config.field, config.solver, config.trace, config.flow
         )
-    chosen = torch.randperm(len(images), generator=generator)[:STANDARDISE_ON]
-    x, _ = dequantise(
-        images.take(chosen), nbits=model.nbits, kind=model.pixel_noise, generator=generator
-    )
-    level.fit_standardisation(x)
+    standardise(level, config, images, generator)
     _refuse_unfit(config, level)
     return level
+
+
+def standardise(
+    level: Level,
+    config: Config,
+    images: Images,
+    generator: torch.Generator | None = None,
+    *,
+    turn: bool = True,
+) -> None:
+    """Fit a level's units to training images: see `Level.fit_standardisation`."""
+    if generator is None:
+        seed = seeds.seed_of(config.train.seed, level.resolution, "units")
+        generator = seeds.generator(seed)
+    chosen = torch.randperm(len(images), generator=generator)[:STANDARDISE_ON]
+    x, _ = dequantise(
+        images.take(chosen), nbits=level.model.nbits, kind=level.model.pixel_noise,
+        generator=generator,
+    )  # fmt: skip
+    level.fit_standardisation(x, turn=turn)
 
 
 def _refuse_unfit(config: Config, level: Level) -> None:

@@ -28,7 +28,7 @@ from mrcnf.training.batches import Batches
 from mrcnf.training.live import Live
 from mrcnf.training.optim import Schedule
 from mrcnf.training.order import EpochOrder
-from mrcnf.training.prepare import prepare_level
+from mrcnf.training.prepare import prepare_level, standardise
 from mrcnf.training.resume import State, newest, refuse_used
 from mrcnf.training.update import Update
 from mrcnf.training.watch import SAMPLES, Watch
@@ -77,7 +77,10 @@ class Trainer:
         self.level = prepare_level(config, resolution, images).to(self.device).train()
         found = newest(self.folder)
         if self.train.init and found is None:
-            checkpoint.load_weights(self.train.init, self.level)
+            start = self.train.init_level or resolution
+            checkpoint.load_weights(self.train.init, self.level, start)
+            if start != resolution:
+                standardise(self.level, config, images, turn=False)
         if self.train.compile:
             runtime.require_compiler(self.device, "train.compile")
             self.level.compile()
@@ -90,7 +93,7 @@ class Trainer:
         objective.try_out(self.batches.take(torch.arange(min(2, len(images)))))
         self.schedule = Schedule(
             self.train.learning_rate, self.train.warmup, self.train.steps, self.train.minutes,
-            falls=self.train.schedule == "cosine",
+            fall=self.train.schedule,
         )  # fmt: skip
         self.update = Update(self.level, self.train)
         self.state = State(self.folder, config, data, self.update)

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import torch
 from tiny import images, trained
 
 from mrcnf.errors import UserError
@@ -54,3 +55,28 @@ def test_what_all_levels_share_cannot_be_changed_for_a_new_one(finished, change)
     name = change.partition("=")[0]
     with pytest.raises(UserError, match=rf"{name}.*does not fit the levels of"):
         extended_config(finished, finished, 8, [change])
+
+
+def test_a_new_level_may_start_from_the_one_below(tmp_path, finished):
+    start = ["train.steps=1", "train.learning_rate=1e-9", "train.ema=0"]
+    settings = extended_config(finished, tmp_path, 8, [f"train.init={finished}", *start])
+    assert settings.train.init_level == 0
+    with pytest.raises(UserError, match="no level 8"):
+        train.Trainer(settings, 8, images(side=8), tmp_path / "same")
+    settings = extended_config(
+        finished, tmp_path, 8, [f"train.init={finished}", "train.init_level=4", *start]
+    )
+    trainer = train.Trainer(settings, 8, images(side=8), tmp_path)
+    trainer.run(progress=False)
+    below = checkpoint.load(finished).level(4)
+    for (name, old), new in zip(
+        below.named_parameters(), trainer.level.parameters(), strict=True
+    ):
+        torch.testing.assert_close(new, old, msg=name)
+    torch.testing.assert_close(trainer.level.units.axes, below.units.axes)
+    x = images(side=8).pixels.float() / 255
+    values, _ = trainer.level.coefficients(x)
+    spread = trainer.level.units(values)[0].std((0, 2, 3))
+    torch.testing.assert_close(spread, torch.ones_like(spread), rtol=0.05, atol=0)
+    with pytest.raises(UserError, match=r"train\.init_level is of train\.init"):
+        extended_config(finished, tmp_path, 8, ["train.init_level=4"])

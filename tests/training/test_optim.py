@@ -87,7 +87,11 @@ def test_the_learning_rate_rises_and_falls_by_steps_or_by_the_clock():
     by_clock = Schedule(peak=2.0, warmup=4, steps=100, minutes=2.0)
     rates = [by_clock.learning_rate(500, seconds) for seconds in (0.0, 60.0, 120.0, 200.0)]
     assert rates == pytest.approx([2.0, 1.0, 0.0, 0.0])
-    flat = Schedule(peak=2.0, warmup=4, steps=100, falls=False)
+    straight = Schedule(peak=2.0, warmup=4, steps=100, fall="linear")
+    assert [straight.learning_rate(step, 0.0) for step in (3, 25, 100)] == pytest.approx(
+        [1.94, 1.5, 0.0]
+    )
+    flat = Schedule(peak=2.0, warmup=4, steps=100, fall="constant")
     assert flat.learning_rate(99, 0.0) == 2.0
 
 
