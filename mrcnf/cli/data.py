@@ -45,6 +45,9 @@ def new(
     if out.exists():
         raise UserError(f"{out} is there already; remove it or choose another name")
     settings = _data(data, overrides, crop=crop)
+    if settings.name == "photos" and Path("photos").is_dir():
+        note = "photos are the embedded photographs; for those in the folder say folder:photos"
+        print(f"mrcnf: note: {note}", file=sys.stderr)
     found = draft(out.stem, settings, resolutions, minutes)
     files.write(out, found.text)
     device = runtime.choose_device(found.config.train.device)
@@ -58,7 +61,7 @@ def new(
         f"Training will take about {found.minutes:.2g} minutes here, on {device.type}, by the time "
         f"that a few steps of each level took just now ({paces}).",
         f"Start:  mrcnf train {out}",
-        f"Then:   mrcnf evaluate {run}",
+        f"Then:   mrcnf report {run}",
         f"        mrcnf sample {run} --out samples.png",
         f"        mrcnf upscale {run} PHOTO.png --out upscaled",
         sep="\n",

@@ -180,7 +180,8 @@ def open_stream(
     elif plugins.is_own(name):
         stream = _own_stream(_own(name, split, resolution, options or {}), name, resolution)
     else:
-        raise UserError(f"data name '{name}' is unknown; choose one of {', '.join(NAMES)}")
+        folder = f"; for the images in that folder say folder:{name}" if Path(name).is_dir() else ""
+        raise UserError(f"data name '{name}' is unknown; choose one of {', '.join(NAMES)}{folder}")
     return _some(stream, name, split).first(limit)
 
 

@@ -80,7 +80,8 @@ class Evaluation:
                 f"  level {level.resolution:4d}: {level.bpd:.4f} ± {level.bpd_stderr:.4f}"
                 f"   NFE {level.nfe:.0f}   {level.solver}"
             )
-        rows.append(f"  {self.draws} noise draw(s), trace {self.trace}, {self.seconds:.1f} s")
+        draws = "1 noise draw" if self.draws == 1 else f"{self.draws} noise draws"
+        rows.append(f"  {draws}, trace {self.trace}, {self.seconds:.1f} s")
         if self.corrected:
             rows.append(
                 "  of which {bpd:+.5f} ± {bpd_stderr:.5f} corrects the steps of the solver, found "

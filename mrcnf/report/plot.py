@@ -126,7 +126,10 @@ def bpd_curves(path: Path, runs: Sequence[Path]) -> None:
         if (curve := metrics.read_curve(folder))
     ]
     if not curves:
-        raise UserError("none of these runs has a test curve; train with train.evaluate_every=500")
+        raise UserError(
+            "none of these runs has a test curve; train with train.evaluate_every=500, or fewer "
+            "steps where training is short"
+        )
     levels = sorted({resolution for resolution, _, _ in curves})
     names = compare.labels(runs)
     # In inches; the legend takes what is beside the panels.

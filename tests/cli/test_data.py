@@ -9,7 +9,7 @@ import torch
 from terminal import mrcnf_says, refused
 from tiny import images, smooth_images, tiny
 
-from mrcnf import data
+from mrcnf import cli, data
 from mrcnf.data.imagefile import read_image, save_image
 from mrcnf.runs import config as configuration
 from mrcnf.training.trainer import Trainer
@@ -39,6 +39,12 @@ def test_from_photographs_to_a_larger_one(place, capsys):
     small = read_image(place / "photos" / "3.png")
     assert read_image(larger).shape == (3, 2 * small.shape[1], 2 * small.shape[2])
     assert "mine.toml is there already" in refused(capsys, "new", "mine", "--data", "photos")
+
+
+def test_a_folder_beside_the_embedded_photographs_is_pointed_out(place, capsys):
+    cli.main(["new", "mine", "--data", "photos", "--resolutions", "2", "--minutes", "0.001"])
+    said = capsys.readouterr()
+    assert "in the folder say folder:photos" in said.err and "mrcnf report runs/mine" in said.out
 
 
 def test_packed_photographs_are_those_of_the_folder(place, capsys):

@@ -65,6 +65,13 @@ def test_mistakes_name_the_remedy(name, options, words, tmp_path, monkeypatch):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_name_that_is_a_folder_is_told_how_folders_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "holidays").mkdir()
+    with pytest.raises(UserError, match=r"in that folder say folder:holidays$"):
+        data.load("holidays")
+
+
 # photos
 
 
