@@ -3,6 +3,7 @@
 | drawn | seed |
 |---|---|
 | a level's first weights, the images that its units are fitted to | `seed_of(S, R, "weights")` |
+| images for the units of a level that starts from another one | `seed_of(S, R, "units")` |
 | the order of the images in an epoch, one for all levels | `seed_of(S, 0, "epoch E")` |
 | a step's mirroring, crops, noise, times, probes, by micro-batch | `seed_of(S, R, "STEP/PIECE")` |
 | the images that a step measures an order on | `seed_of(S, R, "STEP/order")` |

@@ -55,10 +55,7 @@ class BentNoise:
     """
 
     def __init__(self, bends: Bends, pairs: bool, bits: int) -> None:
-        self.bends = Bends(
-            bends.shift.double(), bends.log_slope.double(), tuple(w.double() for w in bends.links)
-        )
-        self.pairs, self.cell = pairs, 1 << bits
+        self.bends, self.pairs, self.cell = bends.to(torch.float64), pairs, 1 << bits
 
     def apply(self, stack: Stack, noise: Tensor, key: tuple[int, ...]) -> Tensor:
         """Uniform noise (sub-cells, int64) bent, by way of the stack."""

@@ -41,8 +41,12 @@ class Bends(NamedTuple):
     log_slope: Tensor
     """Shaped as that."""
     links: tuple[Tensor, ...] = ()
-    """For each of its bends, what the noise around it (`Corners.around`) counts for its shift,
-    (N, around, H, W); none at all where no noise is linked to other noise."""
+    """For each of its bends, a quarter of what the noise around it (`Corners.around`) counts for its
+    shift, (N, around, H, W); none at all where no noise is linked to other noise."""
+
+    def to(self, dtype: torch.dtype) -> Bends:
+        links = tuple(link.to(dtype) for link in self.links)
+        return Bends(self.shift.to(dtype), self.log_slope.to(dtype), links)
 
     def of(self, corners: Corners, step: Pass) -> tuple[Tensor, Tensor]:
         """Shift and log-slope of a pass, (N, colours, H, W) each."""
@@ -71,7 +75,8 @@ class LearnedNoise(nn.Module):
     colour. Then a also depends, linearly, on the noise that such a pass leaves as it is: of the
     patch's other pixels, of the pair's sum, and of the pixels beside the pair in the next patch,
     with weights from the integers too. So the noise of neighbours and of colours is correlated,
-    as it is given an image, and the Jacobian of each pass stays diagonal.
+    as it is given an image, and the Jacobian of each pass is triangular, with the bends' slopes on
+    its diagonal.
 
     Args:
         channels: of the coefficients that the integers make.
@@ -98,7 +103,7 @@ class LearnedNoise(nn.Module):
         self.register_load_state_dict_pre_hook(_as_it_was_saved)
 
     def _last(self) -> nn.Conv2d:
-        links = self.bent * around(self.pairs) if self.linked else 0
+        links = self.bent * count_around(self.pairs) if self.linked else 0
         last = nn.Conv2d(self.width, 2 * self.bent + links, 1)
         assert last.bias is not None
         nn.init.zeros_(last.weight)
@@ -118,9 +123,7 @@ class LearnedNoise(nn.Module):
             u', in [0, 1), and log|∂u'/∂u| (N,) in nats.
         """
         bends = self.bends(y, coarse)
-        bends = bends._replace(
-            shift=bends.shift.to(u.dtype), log_slope=bends.log_slope.to(u.dtype)
-        )
+        bends = bends.to(u.dtype)
         if not self.pairs:
             bent, log_rise = bend(u, bends.shift, bends.log_slope)
             return bent, log_rise.flatten(1).sum(1)
@@ -145,7 +148,7 @@ class LearnedNoise(nn.Module):
         shift, log_slope = answer[:, : 2 * self.bent].chunk(2, 1)
         links = answer[:, 2 * self.bent :]
         return Bends(
-            shift, log_slope, links.split(around(self.pairs), 1) if self.linked else ()
+            shift, log_slope, links.split(count_around(self.pairs), 1) if self.linked else ()
         )
 
 
@@ -202,7 +205,7 @@ class Corners:
         return haar.interleave(*(torch.cat(planes, 1) for planes in self.planes))
 
 
-def around(colours: int) -> int:
+def count_around(colours: int) -> int:
     """How many numbers `Corners.around` gives."""
     return 4 * colours + 1
 

@@ -199,14 +199,15 @@ class Level(nn.Module):
         return self.learned_noise.bends(self._of_cells(integers + 0.5)[0], condition)
 
     @torch.no_grad()
-    def fit_standardisation(self, x: Tensor, *, turn: bool = True) -> None:
+    def fit_standardisation(self, x: Tensor, *, anew: bool = True) -> None:
         """Set the units from dequantised training images x, and tell the flow.
 
         Args:
-            turn: look for axes too, if the model has them; False keeps those that are there.
+            anew: find axes as well, and what the flow starts from; False keeps those there are,
+                of a level that is trained.
         """
         values, coarse = self.coefficients(x)
-        self.units.fit(values, whiten=turn and self.model.whiten)
+        self.units.fit(values, whiten=anew and self.model.whiten)
         if self.coarse_units is not None and coarse is not None:
             self.coarse_units.fit(self.pyramid.known(coarse))
         if self.noisy:
@@ -214,8 +215,9 @@ class Level(nn.Module):
             std = self.pyramid.noise_std(self.halvings, self.is_base)
             self.noise.copy_((std / self.units.std).clamp(max=0.9))
         self.flow.calibrate(self.noise, self._cells())
-        y, condition, _ = self.prepare(x[:INITIALISE_ON])
-        self.flow.initialise(y, condition, self.solver)
+        if anew:
+            y, condition, _ = self.prepare(x[:INITIALISE_ON])
+            self.flow.initialise(y, condition, self.solver)
 
     @torch.no_grad()
     def reorder(self, x: Tensor) -> None:

@@ -125,7 +125,7 @@ def check_finest(origin: Origin, finest: int) -> None:
 
 
 def check_weights(origin: Origin, learned_noise: bool, level: Level) -> None:
-    """Refuse weights that are of no use to a level of the same resolution.
+    """Refuse weights that are of no use to a level.
 
     Args:
         origin: of the weights.
@@ -144,7 +144,8 @@ def check_weights(origin: Origin, learned_noise: bool, level: Level) -> None:
             f"{origin.path} cannot supply the starting weights: its {key} is {found!r}, "
             f"not {wanted!r}"
         )
-    check_finest(origin, level.model.finest)
+    if origin.resolution == level.resolution:  # else units and lattice are fitted anew
+        check_finest(origin, level.model.finest)
 
 
 def _own_noise(model: ModelConfig) -> bool:

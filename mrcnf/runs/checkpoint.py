@@ -147,10 +147,10 @@ def load_level(
 
 
 def load_weights(run: Path | str, level: Level, resolution: int = 0) -> None:
-    """Give a level the weights and the standardisation of its namesake in a trained run.
+    """Give a level the weights and the standardisation of one in a trained run.
 
     Args:
-        resolution: of another level of the run to take them from.
+        resolution: of the level to take them from; 0: of the level's own.
 
     Raises:
         UserError: the run has no such level, or one of another field or model.

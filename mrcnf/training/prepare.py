@@ -44,7 +44,7 @@ def standardise(
     images: Images,
     generator: torch.Generator | None = None,
     *,
-    turn: bool = True,
+    anew: bool = True,
 ) -> None:
     """Fit a level's units to training images: see `Level.fit_standardisation`."""
     if generator is None:
@@ -55,7 +55,7 @@ def standardise(
         images.take(chosen), nbits=level.model.nbits, kind=level.model.pixel_noise,
         generator=generator,
     )  # fmt: skip
-    level.fit_standardisation(x, turn=turn)
+    level.fit_standardisation(x, anew=anew)
 
 
 def _refuse_unfit(config: Config, level: Level) -> None:

@@ -6,6 +6,7 @@ whenever it is cut short; `restore` takes up whichever state is there.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from mrcnf import plugins, runtime
 from mrcnf.errors import UserError
+from mrcnf.model.level import Level
 from mrcnf.runs import checkpoint
 from mrcnf.runs.agreement import rebuilt
 from mrcnf.runs.config import Config, own_names, to_table
@@ -25,6 +27,21 @@ def newest(folder: Path) -> Path | None:
     # A run killed between the two renames of `save` has only the previous state.
     states = (folder / name for name in (checkpoint.STATE, checkpoint.PREVIOUS))
     return next((path for path in states if path.exists()), None)
+
+
+def take_form(path: Path, level: Level) -> None:
+    """Give a level the form of the one that a state is of, before anything is built around it.
+
+    Those of earlier versions may lack what levels have today.
+    """
+    # What is wrong with a state is for `State.restore` to say.
+    with contextlib.suppress(UserError, RuntimeError):
+        level.load_state_dict(_of_level(read_tensors(path)[0]))
+
+
+def _of_level(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = "level."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def refuse_used(folder: Path, resume: bool) -> None:
@@ -106,7 +123,7 @@ class State:
         plugins.warn_if_changed(metadata.get("code", {}), self.code, path)
         level, update = self.update.level, self.update
         try:
-            level.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("level.")})
+            level.load_state_dict(_of_level(tensors))
             for i, average in enumerate(update.average):
                 average.copy_(tensors[f"average.{i}"])
             update.optimizer.load_state_dict(tensors)

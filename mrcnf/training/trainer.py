@@ -29,7 +29,7 @@ from mrcnf.training.live import Live
 from mrcnf.training.optim import Schedule
 from mrcnf.training.order import EpochOrder
 from mrcnf.training.prepare import prepare_level, standardise
-from mrcnf.training.resume import State, newest, refuse_used
+from mrcnf.training.resume import State, newest, refuse_used, take_form
 from mrcnf.training.update import Update
 from mrcnf.training.watch import SAMPLES, Watch
 
@@ -74,13 +74,15 @@ class Trainer:
         self.device = runtime.choose_device(self.train.device)
         data = runtime.of_first_process(lambda: images.sha256)
         refuse_used(self.folder, resume)
-        self.level = prepare_level(config, resolution, images).to(self.device).train()
-        found = newest(self.folder)
-        if self.train.init and found is None:
+        level, found = prepare_level(config, resolution, images), newest(self.folder)
+        if found is not None:
+            take_form(found, level)
+        elif self.train.init:
             start = self.train.init_level or resolution
-            checkpoint.load_weights(self.train.init, self.level, start)
+            checkpoint.load_weights(self.train.init, level, start)
             if start != resolution:
-                standardise(self.level, config, images, turn=False)
+                standardise(level, config, images, anew=False)
+        self.level = level.to(self.device).train()
         if self.train.compile:
             runtime.require_compiler(self.device, "train.compile")
             self.level.compile()

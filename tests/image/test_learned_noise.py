@@ -66,16 +66,18 @@ def test_the_noise_of_a_pixel_leans_on_that_of_its_neighbours():
     """Of two colours, through all links: the Jacobian's determinant is known, and not diagonal."""
     learned = disturb(LearnedNoise(6, 2, 2).double(), 0.05)
     generator = torch.Generator().manual_seed(4)
-    u = torch.rand(1, 2, 4, 6, generator=generator, dtype=torch.float64)
-    y = torch.randn(1, 6, 2, 3, generator=generator, dtype=torch.float64)
-    coarse = torch.randn(1, 2, 2, 3, generator=generator, dtype=torch.float64)
+    u = torch.rand(1, 2, 6, 6, generator=generator, dtype=torch.float64)
+    y = torch.randn(1, 6, 3, 3, generator=generator, dtype=torch.float64)
+    coarse = torch.randn(1, 2, 3, 3, generator=generator, dtype=torch.float64)
     bent, log_rise = learned(u, y, coarse)
     torch.testing.assert_close(haar.means(bent, 1), haar.means(u, 1), rtol=0, atol=1e-15)
     jacobian = torch.autograd.functional.jacobian(lambda v: learned(v, y, coarse)[0], u)
-    torch.testing.assert_close(log_rise[0], jacobian.reshape(48, 48).logdet())
-    pixels = jacobian[0]  # by channel, row and column, of which by the same
-    across_colours, across_patches = pixels[1, 0, 0, 0, 0, 0, 0], pixels[0, 2, 0, 0, 0, 1, 0]
-    assert across_colours.abs() > 1e-3 and across_patches.abs() > 1e-3
+    torch.testing.assert_close(log_rise[0], jacobian.reshape(72, 72).logdet())
+    # Corners of the middle patch, by row and column: on the other colour, and across each edge.
+    slopes = jacobian[0, :, :, :, 0]
+    first, last = slopes[0, 2, 2], slopes[0, 3, 3]
+    for slope in (first[1, 2, 2], first[0, 1, 2], first[0, 2, 1], last[0, 4, 3], last[0, 3, 4]):
+        assert slope.abs() > 1e-3
 
 
 def test_noise_of_earlier_versions_has_no_links_and_stays_as_it_was():
@@ -191,7 +193,9 @@ def test_flow_matching_trains_the_noise_on_the_bound(times, resolution):
     level = Level(config, resolution, FieldConfig(width=4, depth=1)).double()  # a standard normal's
     level.units.std.fill_((0.7 if level.is_base else 0.4) / 256)
     level.units.mean.fill_(128 / 256 if level.is_base else 0)
-    shape = level.learned_noise.net[-1].bias
+    shape, bends = level.learned_noise.net[-1].bias, 2 * level.learned_noise.bent
+    with torch.no_grad():  # so that there is something to be learned of links
+        shape[bends:] = torch.randn(len(shape) - bends, generator=torch.Generator().manual_seed(2))
     images = torch.randint(126, 130, (240_000 // resolution**2, 1, resolution, resolution))
     found, expected = torch.zeros_like(shape), torch.zeros_like(shape)
     repeats = 1 if times == "likelihood" else 4  # of logit-normal times an eighth trains the noise
@@ -204,7 +208,7 @@ def test_flow_matching_trains_the_noise_on_the_bound(times, resolution):
         likelihood = flow.log_prob.mean() / flow.dims
         expected += torch.autograd.grad(-likelihood, shape)[0] / repeats
     # A link's derivative is its shift's, times up to four.
-    bends = 2 * level.learned_noise.bent
     torch.testing.assert_close(found[:bends], expected[:bends], rtol=0, atol=0.03)
     torch.testing.assert_close(found[bends:], expected[bends:], rtol=0, atol=0.06)
-    assert expected.abs().max() > 0.05
+    assert expected[:bends].abs().max() > 0.1
+    assert level.is_base or expected[bends:].abs().max() > 0.2

@@ -1,9 +1,12 @@
 """Files of earlier versions: their tensors had other names; they open, resume, and start others."""
 
 import pytest
+import torch
 from ondisk import same
 from tiny import images, trained
 
+from mrcnf.image.learned_noise import LearnedNoise
+from mrcnf.model import level as level_module
 from mrcnf.runs import checkpoint
 from mrcnf.runs.tensors import read_tensors, write_tensors
 
@@ -13,6 +16,17 @@ EARLIER = {
     "learned_noise.": "dequantiser.",
 }
 SETTINGS = ["train.steps=4", "model.dequantisation=variational"]
+
+
+class WithoutLinks(LearnedNoise):
+    """Learned noise as it was before it leaned on the noise around it."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.linked, bends = False, 2 * self.bent
+        last = torch.nn.Conv2d(self.width, bends, 1)
+        last.load_state_dict({k: v[:bends] for k, v in self.net[-1].state_dict().items()})
+        self.net[-1] = last
 
 
 def age(path):
@@ -38,9 +52,11 @@ def age(path):
 @pytest.fixture
 def aged(tmp_path):
     """A run that an earlier version left at step 2 of 4, and the same undisturbed."""
-    whole = trained(tmp_path / "whole", *SETTINGS)
     run = tmp_path / "run"
-    trained(run, *SETTINGS, "train.checkpoint_every=2", "train.steps=4")
+    with pytest.MonkeyPatch.context() as then:
+        then.setattr(level_module, "LearnedNoise", WithoutLinks)
+        whole = trained(tmp_path / "whole", *SETTINGS)
+        trained(run, *SETTINGS, "train.checkpoint_every=2", "train.steps=4")
     for level in (2, 4):
         folder = run / f"level-{level}"
         (folder / checkpoint.PREVIOUS).replace(folder / checkpoint.STATE)
@@ -56,6 +72,7 @@ def weights(run, level):
 def test_runs_of_earlier_versions_open_and_resume(aged):
     run, whole = aged
     opened, expected = checkpoint.load(run), checkpoint.load(whole)
+    assert not opened.level(4).learned_noise.linked
     assert same(opened.state_dict(), expected.state_dict())
     for level in (2, 4):
         trained(run, *SETTINGS, level=level, resume=True)
@@ -66,6 +83,11 @@ def test_levels_of_earlier_versions_start_others(aged, tmp_path):
     run, whole = aged
     found = trained(tmp_path / "new", *SETTINGS, f"train.init={run}", level=4)
     expected = trained(tmp_path / "same", *SETTINGS, f"train.init={whole}", level=4)
+    assert same(weights(found, 4), weights(expected, 4))
+    # As does the level that they started, whose own noise has no links either.
+    longer = [*SETTINGS, "train.steps=6"]
+    found = trained(tmp_path / "new", *longer, f"train.init={run}", level=4, resume=True)
+    expected = trained(tmp_path / "same", *longer, f"train.init={whole}", level=4, resume=True)
     assert same(weights(found, 4), weights(expected, 4))
     assert images().sha256 == checkpoint.describe(found)[4]["data"]
 

@@ -80,3 +80,14 @@ def test_a_new_level_may_start_from_the_one_below(tmp_path, finished):
     torch.testing.assert_close(spread, torch.ones_like(spread), rtol=0.05, atol=0)
     with pytest.raises(UserError, match=r"train\.init_level is of train\.init"):
         extended_config(finished, tmp_path, 8, ["train.init_level=4"])
+
+
+def test_what_a_flow_found_at_its_start_is_kept_by_the_one_that_starts_from_it(tmp_path):
+    kind = ["flow.kind=coupling", "flow.couplings=2", "train.objective=likelihood"]
+    run = trained(tmp_path / "run", *kind)
+    start = [f"train.init={run}", "train.init_level=4", "train.steps=1"]
+    settings = extended_config(run, tmp_path, 8, [*start, "train.learning_rate=1e-9"])
+    found = train.Trainer(settings, 8, images(side=8), tmp_path / "taller").level.flow
+    below = checkpoint.load(run).level(4).flow
+    for name, value in found.state_dict().items():
+        torch.testing.assert_close(value, below.state_dict()[name], msg=name)
