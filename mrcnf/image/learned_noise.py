@@ -41,8 +41,8 @@ class Bends(NamedTuple):
     log_slope: Tensor
     """Shaped as that."""
     links: tuple[Tensor, ...] = ()
-    """For each of its bends, a quarter of what the noise around it (`Corners.around`) counts for its
-    shift, (N, around, H, W); none at all where no noise is linked to other noise."""
+    """For each of its bends, a quarter of what the noise around it (`Corners.around`) counts for
+    its shift, (N, around, H, W); none at all where no noise is linked to other noise."""
 
     def to(self, dtype: torch.dtype) -> Bends:
         links = tuple(link.to(dtype) for link in self.links)

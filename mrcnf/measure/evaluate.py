@@ -51,7 +51,8 @@ class Evaluation:
     bpd_stderr: float
     """Standard error of the mean, over what `error_over` says."""
     error_over: str
-    """images; or photographs, where the data know the sources and there are at least 8."""
+    """images; or, where the data know their sources, photographs if there are at least 8, else crops
+    of few photographs, whose standard error is too small, as those of one are alike."""
     levels: list[LevelReport]
     draws: int
     trace: str
@@ -182,7 +183,7 @@ def evaluate(
         images=len(images),
         bpd=bpd,
         bpd_stderr=error,
-        error_over="photographs" if _grouped(images.groups) else "images",
+        error_over=_error_over(images.groups),
         levels=reports,
         draws=draws,
         trace=_common(
@@ -355,6 +356,13 @@ def level_bits(level: Level, images: Tensor, *, batch: int = 100, seed: int = 0)
 
 def _solver(level: Level) -> str:
     return str(level.solver) if level.flow.solved else "no solver: one pass"
+
+
+def _error_over(groups: Tensor | None) -> str:
+    if _grouped(groups):
+        return "photographs"
+    alike = groups is not None and len(groups.unique()) < len(groups)
+    return "crops of few photographs" if alike else "images"
 
 
 def _grouped(groups: Tensor | None) -> bool:

@@ -144,10 +144,11 @@ def _hows(found: Sequence[tuple[Subject, Evaluation]], alone: bool) -> list[str]
 def _how(result: Evaluation) -> str:
     draws = "1 noise draw" if result.draws == 1 else f"{result.draws} noise draws"
     solver = result.solver if result.solver.startswith("no ") else f"solver {result.solver}"
+    small = ", which are alike: they are too small" if "few" in result.error_over else ""
     return (
         f"{result.images:,} images of {result.data}, {draws} each; {solver}; trace "
-        f"{result.trace}. Errors are standard errors over {result.error_over}. The bits are an "
-        "upper bound on −log₂ P per dimension."
+        f"{result.trace}. Errors are standard errors over {result.error_over}{small}. The bits are "
+        "an upper bound on −log₂ P per dimension."
     )
 
 

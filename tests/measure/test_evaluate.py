@@ -195,11 +195,15 @@ def test_what_a_trained_model_is_made_of_cannot_be_changed(model, wrong):
         evaluate.set_solvers(model, wrong)
 
 
-@pytest.mark.parametrize(("photographs", "over"), [(8, "photographs"), (3, "images")])
+@pytest.mark.parametrize(
+    ("photographs", "over"), [(8, "photographs"), (3, "crops of few photographs")]
+)
 def test_the_error_says_what_it_is_over(model, photographs, over):
     data = images(count=24)
     grouped = Images(data.pixels, "n", "test", torch.arange(24) % photographs)
     assert evaluate.evaluate(model, grouped).error_over == over
+    alone = Images(data.pixels[:5], "n", "test", torch.arange(5))
+    assert evaluate.evaluate(model, alone).error_over == "images"
 
 
 def test_the_json_says_everything(model):
