@@ -18,6 +18,8 @@ settings() {
         variational) echo model.dequantisation=variational ;;
         variance-preserving) echo field.path=variance-preserving ;;
         lattice) echo field.lattice=true ;;
+        linear) echo train.schedule=linear ;;
+        wide) echo field.width=64 train.steps=1560 train.evaluate_every=780 ;;
         no-average) echo train.ema=0 ;;
         float32) echo train.precision=float32 ;;
         batch-64) echo train.batch=64 train.steps=1300 ;;
@@ -34,7 +36,7 @@ settings() {
     esac
 }
 [ $# -gt 0 ] || set -- default variational mixed-times uniform-times log-uniform-times \
-    likelihood-times adam no-decay scaled variance-preserving lattice no-average float32 batch-64 \
+    likelihood-times adam no-decay scaled variance-preserving lattice linear wide no-average float32 batch-64 \
     attention u-shaped deep longer likelihood
 runs=""
 for row; do

@@ -51,8 +51,8 @@ class Evaluation:
     bpd_stderr: float
     """Standard error of the mean, over what `error_over` says."""
     error_over: str
-    """images; or, where the data know their sources, photographs if there are at least 8, else crops
-    of few photographs, whose standard error is too small, as those of one are alike."""
+    """images; or, where the data know their sources, photographs if there are at least 8, else
+    crops of few photographs, whose standard error is too small, as those of one are alike."""
     levels: list[LevelReport]
     draws: int
     trace: str

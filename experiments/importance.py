@@ -1,0 +1,80 @@
+"""How much lower the importance-weighted bound is, and how much of that is the trace's noise.
+
+    python experiments/importance.py RUN DATA --root DIR --limit 200 --draws 16 --probes 8 16
+
+K draws of noise give log P(image) ≥ E log (1/K) Σ exp(w_k), w_k being the one-draw bounds (Burda et
+al. 2016, eq. 8). The trace is estimated from random probes, whose noise enters w: unbiased in the
+mean of w, it makes the weighted bound look better than it is, by less the more probes there are.
+So the bound is printed for several numbers of probes on the same noise, and for ever more draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import torch
+from tqdm import tqdm
+
+import mrcnf
+from mrcnf import seeds
+from mrcnf.flows.trace import Trace
+from mrcnf.image.bits import bits_per_dim
+from mrcnf.image.noise import dequantise
+from mrcnf.measure.evaluate import mean_and_error, set_solvers
+from mrcnf.model.level import likelihoods
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", help="run folder of a trained model")
+    parser.add_argument("data", help="as data.name; the test split is taken")
+    parser.add_argument("--root", default="", help="as data.root")
+    parser.add_argument("--limit", type=int, default=200, help="the first so many images")
+    parser.add_argument("--draws", type=int, default=16, help="K, a power of two")
+    parser.add_argument("--probes", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--batch", type=int, default=25)
+    parser.add_argument("--steps", type=int, default=0, help="of each level's solver; 0: its own")
+    options = parser.parse_args()
+    if options.draws.bit_count() != 1:
+        parser.error(f"--draws {options.draws}: must be a power of two")
+    model = mrcnf.load(options.run)
+    if options.steps:
+        set_solvers(model, {"solver": {"steps": options.steps}})
+    images = mrcnf.data.load(options.data, "test", root=options.root).first(options.limit)
+    for probes in options.probes:
+        weights = torch.zeros(options.draws, len(images), dtype=torch.float64)
+        bar = tqdm(total=weights.numel(), desc=f"{probes} probes", unit="draw")
+        for k in range(options.draws):
+            for first in range(0, len(images), options.batch):
+                chosen = slice(first, first + options.batch)
+                noise, own = (
+                    seeds.generator(seeds.seed_of(k, first, name)) for name in ("noise", "probes")
+                )
+                x, log_q = dequantise(
+                    images.pixels[chosen], nbits=model.config.nbits,
+                    kind=model.config.pixel_noise, generator=noise,
+                )  # fmt: skip
+                found = likelihoods(
+                    model, x, log_q, generator=own, trace=Trace(probes=probes)
+                )
+                weights[k, chosen] = sum(part.log_prob.double() for part in found.values())
+                bar.update(len(x))
+        bar.close()
+        dims = images.pixels[0].numel()
+        print(f"{probes} probes: w has a standard deviation of {weights.std(0).mean():.1f} nats")
+        count = 1
+        while count <= options.draws:
+            groups = weights.unflatten(0, (-1, count))
+            bound = (groups.logsumexp(1) - math.log(count)).mean(0)
+            bits = bits_per_dim(bound, dims)
+            mean, error = mean_and_error(bits, None)
+            less, less_error = mean_and_error(bits - bits_per_dim(weights.mean(0), dims), None)
+            both = f"{mean:.4f} ± {error:.4f} | {less:+.4f} ± {less_error:.4f}"
+            print(f"| {probes} | {count} | {both} |", flush=True)
+            count *= 2
+
+
+if __name__ == "__main__":
+    main()
