@@ -143,7 +143,7 @@ def test_mistakes_are_named_with_the_nearest_valid_setting(assignment, words, tm
         "train.steps=0", "train.batch=-4", "train.learning_rate=0", "train.learning_rate=nan",
         "train.ema=1.0", "train.ema=-0.1", "train.steer=1.0", "train.clip=0", "train.beta2=1.0",
         "train.micro_batches=3", "train.max_skipped=0", "train.objective=magic",
-        "train.times=never", "train.schedule=linear", "train.precision=float8",
+        "train.times=never", "train.schedule=exponential", "train.precision=float8",
         "evaluate.batch=0", "evaluate.draws=0", "evaluate.limit=-1",
         "model.resolutions=[2,6]", "model.resolutions=[]", "model.nbits=9", "model.nbits=0",
         "model.dequantisation=none", "model.base=log", "field.kind=unet", "field.width=0",
