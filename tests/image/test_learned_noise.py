@@ -210,5 +210,5 @@ def test_flow_matching_trains_the_noise_on_the_bound(times, resolution):
     # A link's derivative is its shift's, times up to four.
     torch.testing.assert_close(found[:bends], expected[:bends], rtol=0, atol=0.03)
     torch.testing.assert_close(found[bends:], expected[bends:], rtol=0, atol=0.06)
-    assert expected[:bends].abs().max() > 0.1
+    assert expected[:bends].abs().max() > 0.05
     assert level.is_base or expected[bends:].abs().max() > 0.2
