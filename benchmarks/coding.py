@@ -12,7 +12,6 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import machine
@@ -283,8 +282,8 @@ class Bench:
         """Bare convolutions, and by what their seconds are less than those of all passes."""
         runs, needed, done = list[tuple[Work, int]](), 0.0, 0.0
         for level in self.model:
-            bare, one_pass = convolution(level, self.images)
-            flop, each = machine.flop(one_pass), machine.flop(bare)
+            bare = machine.bare(level, self.images, dtype=level.dtype, backward=False)
+            flop, each = machine.flop(one_pass(level, self.images)), machine.flop(bare)
             own = flop * passes[level.resolution]
             count = max(1, round(own / each / 16))
             runs.append((bare, count))
@@ -298,27 +297,16 @@ class Bench:
         return run, needed / done
 
 
-def convolution(level: Level, count: int) -> tuple[Work, Work]:
-    """A hidden convolution of a level's field for so many images with nothing around it, and a
-    whole pass of the field."""
+def one_pass(level: Level, count: int) -> Work:
+    """A pass of a level's field, for so many images."""
     field = _fields(level)[0]
-    weight = field.hidden_weights()[0].detach().contiguous(memory_format=torch.channels_last)
     channels, *side = level.latent_shape(level.model.finest, level.model.finest)
-    x = torch.randn(count, weight.shape[1], *side, dtype=level.dtype)
-    x = x.contiguous(memory_format=torch.channels_last)
     y, t = torch.zeros(count, channels, *side, dtype=level.dtype), torch.tensor(0.5)
     condition = None
     if level.coarse_units is not None:
         condition = torch.zeros(count, level.model.channels, *side, dtype=level.dtype)
     context = field.context(condition)
-
-    def bare() -> None:
-        F.conv2d(x, weight, padding=1)
-
-    def one_pass() -> None:
-        field.value(t.to(y), y, context)
-
-    return bare, one_pass
+    return lambda: field.value(t.to(y), y, context)
 
 
 def untrained() -> MultiResolutionFlow:

@@ -7,7 +7,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import Work, wait
@@ -29,23 +29,32 @@ def bare(
     *,
     memory_format: torch.memory_format = torch.channels_last,
     dtype: torch.dtype = torch.float32,
+    backward: bool = True,
 ) -> Work:
-    """One hidden convolution of the level, forward and backward, with nothing around it."""
-    assert isinstance(level.flow, ContinuousFlow)
-    field = next(iter(level.flow))
-    assert isinstance(field, PaperField) and isinstance(field.layers[1], nn.Conv2d)
-    weight = field.layers[1].weight[:, 1:].detach().to(dtype)
-    weight = weight.contiguous(memory_format=memory_format).requires_grad_()
+    """One hidden convolution of the level's field, forward and backward, with nothing around it."""
+    weight = _hidden_weight(level).to(dtype).contiguous(memory_format=memory_format)
     _, *positions = level.latent_shape(level.model.finest, level.model.finest)
-    shape = (batch, weight.shape[1], *positions)
-    x = torch.randn(shape, device=weight.device).to(dtype)
-    x = x.contiguous(memory_format=memory_format).requires_grad_()
+    x = torch.randn(batch, weight.shape[1], *positions, device=weight.device).to(dtype)
+    x = x.contiguous(memory_format=memory_format)
+    weight.requires_grad_(backward)
+    x.requires_grad_(backward)
 
     def run() -> None:
         out = F.conv2d(x, weight, padding=1)
-        torch.autograd.grad(out, (x, weight), out.detach())
+        if backward:
+            torch.autograd.grad(out, (x, weight), out.detach())
 
     return run
+
+
+def _hidden_weight(level: Level) -> Tensor:
+    assert isinstance(level.flow, ContinuousFlow)
+    field = next(iter(level.flow))
+    if not isinstance(field, PaperField):
+        return field.hidden_weights()[0].detach()
+    hidden = field.layers[1]
+    assert isinstance(hidden, nn.Conv2d)
+    return hidden.weight[:, 1:].detach()  # the first channel is time
 
 
 def share_of(steps: list[tuple[Level, Work]], batch: int) -> tuple[Work, float]:

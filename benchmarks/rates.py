@@ -15,37 +15,32 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import mrcnf
-from benchmarks.machine import flop
-from benchmarks.timing import alternate
+from benchmarks.machine import bare, flop
+from benchmarks.steps import likelihood_step, match_step
+from benchmarks.timing import Work, alternate
 from benchmarks.workload import images
-from mrcnf.flows.continuous import ContinuousFlow
-from mrcnf.flows.residual_field import ResidualField
 from mrcnf.flows.solve import Solver
-from mrcnf.flows.trace import Trace
 from mrcnf.image.noise import dequantise
 from mrcnf.model.level import Level
 from mrcnf.runs.settings import TrainConfig
-from mrcnf.training.objectives import flow_matching, likelihood
 from mrcnf.training.update import Update
 
-Work = Callable[[], object]
 KINDS = {
     "convolution": "convolutions",
-    "cpp_fused": "element-wise, fused",
     "triton": "element-wise, fused",
     "adam": "optimiser",
-    "muon": "optimiser",
     "Muon": "optimiser",
     "mm": "matrix products (Muon, time's network)",
 }
-"""What the profiler's names stand for, by a part of them; all others are `OTHER`."""
+"""What the profiler's names stand for, by a part of them; all others are `OTHER`. On a CPU compiled
+code has no names of its own."""
 OTHER = "element-wise, copies, Python's calls"
 
 
@@ -58,10 +53,6 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     device = torch.device(options.device)
-    found, source = images(mrcnf.load(options.run).config.finest, options.batch)
-    x, log_q = (
-        part.to(device) for part in dequantise(found, generator=torch.Generator().manual_seed(0))
-    )
 
     def fresh(compiled: bool) -> Level:
         level = mrcnf.load(options.run, device=device).level(options.level)
@@ -70,36 +61,36 @@ def main() -> None:
             level.compile()
         return level
 
-    plain = fresh(False)
-    works = {
-        "flow matching step, bfloat16, compiled": _training_step(fresh(True), x),
-        "flow matching step, bfloat16": _training_step(fresh(False), x),
-        "likelihood step, float32, compiled": _likelihood_step(fresh(True), x, log_q),
-        "likelihood step, float32": _likelihood_step(fresh(False), x, log_q),
-        "evaluation, float32, compiled": _evaluation(fresh(True), x),
-        "evaluation, float32": _evaluation(fresh(False), x),
-    }
-    needed = {
-        "flow": flop(_training_step(fresh(False), x)),
-        "like": flop(_likelihood_step(plain, x, log_q)),
-        "eval": flop(_evaluation(fresh(False), x)),
-    }
-    bares = {
-        "flow": _bare(plain, x, torch.bfloat16, backward=True),
-        "like": _bare(plain, x, torch.float32, backward=True),
-        "eval": _bare(plain, x, torch.float32, backward=False),
-    }
+    level = fresh(False)
+    found, source = images(level.model.finest, options.batch)
+    x, log_q = (
+        part.to(device) for part in dequantise(found, generator=torch.Generator().manual_seed(0))
+    )
+    # Of each work: how to make it of a level, and what its convolutions are.
+    makers: dict[str, tuple[Callable[[Level], Work], torch.dtype, bool]] = {
+        "flow matching step, bfloat16": (partial(_training_step, x=x), torch.bfloat16, True),
+        "likelihood step, float32": (
+            lambda level: partial(likelihood_step, level.train(), x, log_q, SHORT),
+            torch.float32, True,
+        ),
+        "evaluation, float32": (partial(_evaluation, x=x), torch.float32, False),
+    }  # fmt: skip
+    works, bares, needed = dict[str, Work](), dict[str, Work](), dict[str, int]()
+    for name, (make, dtype, backward) in makers.items():
+        works[f"{name}, compiled"], works[name] = make(fresh(True)), make(fresh(False))
+        bares[f"bare, {name}"] = bare(level, len(x), dtype=dtype, backward=backward)
+        needed[name] = flop(make(fresh(False)))
     seconds = alternate(works | bares, device, options.repeats)
+    taken = {name: statistics.median(laps) for name, laps in seconds.items()}
     print(f"level {options.level} of {options.run}, {len(x)} images of {source}, {device}")
     print("| work | seconds | GFLOP/s | bare convolutions | share |\n|---|---|---|---|---|")
     for name in works:
-        kind = name[:4]
-        taken = statistics.median(seconds[name])
-        rate = needed[kind] / taken
-        bare = flop(bares[kind]) / statistics.median(seconds[kind])
+        kind = name.removesuffix(", compiled")
+        rate, alone = needed[kind] / taken[name], f"bare, {kind}"
+        most = flop(bares[alone]) / taken[alone]
         print(
-            f"| {name} | {taken:.3f} | {rate / 1e9:.0f} | {bare / 1e9:.0f} | {rate / bare:.0%} |",
-            flush=True,
+            f"| {name} | {taken[name]:.3f} | {rate / 1e9:.0f} | {most / 1e9:.0f} | "
+            f"{rate / most:.0%} |"
         )
     for name, work in works.items():
         if name.endswith(", compiled"):
@@ -108,66 +99,27 @@ def main() -> None:
                 print(f"  {share:4.0%} {what}")
 
 
+SHORT = Solver("midpoint", 2, 2.0)
+"""Of the steps whose rate is measured, which does not depend on how many they are."""
+
+
 def _training_step(level: Level, x: Tensor) -> Work:
-    level.train()
-    update, generator = Update(level, TrainConfig(precision="bfloat16")), torch.Generator(x.device)
+    update = Update(level.train(), TrainConfig())
 
     def work() -> None:
-        update.optimizer.zero_grad()
-        with torch.autocast(x.device.type, torch.bfloat16):
-            loss, _ = flow_matching(level, x, generator=generator)
-        loss.backward()
+        match_step(level, x, half=True)
         update.apply(1000, 1e-4)
-
-    return work
-
-
-def _likelihood_step(level: Level, x: Tensor, log_q: Tensor) -> Work:
-    level.train()
-    generator = torch.Generator(x.device)
-    solver = Solver("midpoint", 2, 2.0)
-
-    def work() -> None:
-        level.zero_grad()
-        loss, _ = likelihood(
-            level, x, log_q, solver=solver, trace=Trace(), kinetic=0.0, frobenius=0.0,
-            generator=generator,
-        )  # fmt: skip
-        loss.backward()
 
     return work
 
 
 def _evaluation(level: Level, x: Tensor) -> Work:
     level.eval()
-    generator, solver = torch.Generator(x.device), replace(level.solver, steps=2)
+    generator, solver = torch.Generator(x.device), replace(level.solver, steps=SHORT.steps)
 
     @torch.no_grad()
     def work() -> None:
         level.log_prob(x, solver=solver, generator=generator)
-
-    return work
-
-
-def _bare(level: Level, x: Tensor, dtype: torch.dtype, *, backward: bool) -> Work:
-    """One hidden convolution of the field, and its gradients or not, with nothing around it."""
-    assert isinstance(level.flow, ContinuousFlow)
-    field = next(iter(level.flow))
-    assert isinstance(field, ResidualField)
-    inner = field.blocks[0].get_submodule("inner")
-    assert isinstance(inner, nn.Conv2d)
-    weight = inner.weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
-    _, *positions = level.latent_shape(*x.shape[2:])
-    y = torch.randn(len(x), weight.shape[1], *positions, device=x.device).to(dtype)
-    y = y.contiguous(memory_format=torch.channels_last)
-    if backward:
-        weight.requires_grad_()
-        y.requires_grad_()
-
-    def work() -> None:
-        out = F.conv2d(y, weight, padding=1)
-        if backward:
-            torch.autograd.grad(out, (y, weight), out.detach())
 
     return work
 

@@ -10,7 +10,6 @@ files take is kept in --sizes FILE.npz, for the next model of the same images.
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ def main() -> None:
     groups = None if images.groups is None else images.groups[:: options.every]
     pixels = images.pixels[:: options.every]
     images = mrcnf.data.Images(pixels, images.name, images.split, groups)
-    files = _bits_of_files(images.pixels, options.formats, options.sizes)
+    files = _bits_of_files(images, options.formats, options.sizes)
     model = mrcnf.load(options.run)
     found = mrcnf.evaluate(
         model, images, batch=options.batch, tolerance=options.tolerance, progress=True
@@ -58,22 +57,22 @@ def main() -> None:
 
 
 def _bits_of_files(
-    images: Tensor, formats: Sequence[str], kept: Path | None
+    images: mrcnf.data.Images, formats: Sequence[str], kept: Path | None
 ) -> dict[str, tuple[Tensor, float]]:
     """Bits per dimension of a file for each image, and of one for all of them, by format."""
-    digest = hashlib.sha256(images.contiguous().numpy()).digest()
-    known: dict[str, Any] = {"images": np.frombuffer(digest, np.uint8)}
+    known: dict[str, Any] = {"images": np.array(images.sha256)}
     if kept is not None and kept.exists():
         with np.load(kept) as archive:
-            if not np.array_equal(archive["images"], known["images"]):
+            if archive["images"] != known["images"]:
                 raise SystemExit(f"{kept} is of other images; remove it, or name another file")
             known |= dict(archive)
-    mosaic = grid(images, gap=0)[None]
+    pixels = images.pixels
+    mosaic = grid(pixels, gap=0)[None]
     for name in formats:
         if name not in known:
-            each = bits_of_files(images, name, progress=True)
+            each = bits_of_files(pixels, name, progress=True)
             # The mosaic may have empty places, which its pixels do not count.
-            whole = bits_of_files(mosaic, name) * mosaic.numel() / images.numel()
+            whole = bits_of_files(mosaic, name) * mosaic.numel() / pixels.numel()
             known[name] = torch.cat((whole, each)).numpy()
             if kept is not None:
                 np.savez(kept, **known)

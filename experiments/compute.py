@@ -1,6 +1,6 @@
 """Bits per dimension of CIFAR-10 against what training cost, in core-minutes and in FLOP.
 
-    python -m experiments.compute count RUN...                 the FLOP of trained runs, by level
+    python -m experiments.compute count RUN|RECIPE.toml...     the FLOP of their training, by level
     python -m experiments.compute plot --out docs/compute.png  the points of compute.json
 
 FLOP are those of the networks' convolutions and matrix products, forwards and backwards, in one
@@ -13,41 +13,68 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from torch import Tensor
 
 from benchmarks.machine import flop
 from mrcnf import seeds
+from mrcnf.data import Images
+from mrcnf.model.level import Level
 from mrcnf.report.plot import COLOURS, DPI
 from mrcnf.runs import checkpoint, config, metrics
 from mrcnf.training.objectives import Objective
+from mrcnf.training.prepare import prepare_level
 
+Trained = tuple[Level, config.Config, dict[str, float]]
+"""A level, how it is trained, and the last line of its log."""
 POINTS = Path(__file__).with_name("compute.json")
 
 
-def count(run: Path) -> None:
+def count(what: Path) -> None:
+    """Print what a run took, or what a recipe of so many steps takes."""
     total = minutes = 0.0
-    for level in checkpoint.load(run).levels:
+    for level, settings, last in _of_recipe(what) if what.suffix == ".toml" else _of_run(what):
+        each = _of_a_step(level, settings)
+        total += each * last["step"]
+        minutes += last.get("seconds", 0.0) / 60
+        print(
+            f"{what} level {level.resolution}: {last['step']:,.0f} steps of {each:.3g} FLOP, "
+            f"{each * last['step']:.3g}"
+        )
+    print(f"{what}: {total:.3g} FLOP" + (f", {minutes:.1f} core-minutes" if minutes else ""))
+
+
+def _of_run(run: Path) -> Iterator[Trained]:
+    for level in checkpoint.load(run):
         folder = checkpoint.level_folder(run, level.resolution)
         settings = config.load(folder / checkpoint.CONFIG).at_level(level.resolution)
-        images = torch.zeros(
-            settings.train.batch, level.model.channels, *2 * (level.model.finest,),
-            dtype=torch.uint8,
-        )  # fmt: skip
-        objective = Objective(level.train().requires_grad_(), settings)
-        generator = seeds.generator(0)
-        each = flop(lambda o=objective, x=images, g=generator: o(x, g)[0].backward())  # type: ignore[misc]
-        last = metrics.read(folder)[-1]
-        total += each * last["step"]
-        minutes += last["seconds"] / 60
-        print(
-            f"{run} level {level.resolution}: {last['step']:,.0f} steps of {each:.3g} FLOP, "
-            f"{each * last['step']:.3g} in {last['seconds'] / 60:.1f} minutes"
-        )
-    print(f"{run}: {total:.3g} FLOP, {minutes:.1f} core-minutes")
+        yield level, settings, metrics.read(folder)[-1]
+
+
+def _of_recipe(recipe: Path) -> Iterator[Trained]:
+    whole = config.load(recipe)
+    for resolution in whole.model.resolutions:
+        settings = whole.at_level(resolution)
+        images = Images(_pixels(settings), "random", "train")
+        yield prepare_level(settings, resolution, images), settings, {"step": settings.train.steps}
+
+
+def _of_a_step(level: Level, settings: config.Config) -> int:
+    objective = Objective(level.train().requires_grad_(), settings)
+    pixels, generator = _pixels(settings), seeds.generator(0)
+    return flop(lambda: objective(pixels, generator)[0].backward())
+
+
+def _pixels(settings: config.Config) -> Tensor:
+    """A batch; what is in it does not matter."""
+    side, channels = settings.model.finest, settings.model.channels or 3
+    shape = settings.train.batch, channels, side, side
+    return torch.randint(256, shape, dtype=torch.uint8, generator=seeds.generator(0))
 
 
 def plot(out: Path) -> None:

@@ -14,18 +14,13 @@ import argparse
 import math
 
 import torch
-from tqdm import tqdm
+from tqdm import trange
 
 import mrcnf
-from mrcnf import seeds
-from mrcnf.flows.trace import Trace
 from mrcnf.image.bits import bits_per_dim
-from mrcnf.image.noise import dequantise
-from mrcnf.measure.evaluate import mean_and_error, set_solvers
-from mrcnf.model.level import likelihoods
+from mrcnf.measure.evaluate import bits_by_level, mean_and_error, set_solvers
 
 
-@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="run folder of a trained model")
@@ -42,38 +37,24 @@ def main() -> None:
     model = mrcnf.load(options.run)
     if options.steps:
         set_solvers(model, {"solver": {"steps": options.steps}})
-    images = mrcnf.data.load(options.data, "test", root=options.root).first(options.limit)
+    images = mrcnf.data.load(options.data, "test", root=options.root, limit=options.limit).pixels
+    dims = images[0].numel()
     for probes in options.probes:
-        weights = torch.zeros(options.draws, len(images), dtype=torch.float64)
-        bar = tqdm(total=weights.numel(), desc=f"{probes} probes", unit="draw")
-        for k in range(options.draws):
-            for first in range(0, len(images), options.batch):
-                chosen = slice(first, first + options.batch)
-                noise, own = (
-                    seeds.generator(seeds.seed_of(k, first, name)) for name in ("noise", "probes")
-                )
-                x, log_q = dequantise(
-                    images.pixels[chosen], nbits=model.config.nbits,
-                    kind=model.config.pixel_noise, generator=noise,
-                )  # fmt: skip
-                found = likelihoods(
-                    model, x, log_q, generator=own, trace=Trace(probes=probes)
-                )
-                weights[k, chosen] = sum(part.log_prob.double() for part in found.values())
-                bar.update(len(x))
-        bar.close()
-        dims = images.pixels[0].numel()
+        set_solvers(model, {"trace": {"probes": probes}})
+        bits = torch.stack([
+            bits_by_level(model, images, batch=options.batch, seed=k).sum(0)
+            for k in trange(options.draws, desc=f"{probes} probes", unit="draw")
+        ])  # fmt: skip
+        weights = -bits * dims * math.log(2)
         print(f"{probes} probes: w has a standard deviation of {weights.std(0).mean():.1f} nats")
-        count = 1
-        while count <= options.draws:
-            groups = weights.unflatten(0, (-1, count))
-            bound = (groups.logsumexp(1) - math.log(count)).mean(0)
-            bits = bits_per_dim(bound, dims)
-            mean, error = mean_and_error(bits, None)
-            less, less_error = mean_and_error(bits - bits_per_dim(weights.mean(0), dims), None)
+        for doublings in range(options.draws.bit_length()):
+            groups = weights.unflatten(0, (-1, 2**doublings))
+            bound = (groups.logsumexp(1) - math.log(groups.shape[1])).mean(0)
+            each = bits_per_dim(bound, dims)
+            mean, error = mean_and_error(each, None)
+            less, less_error = mean_and_error(each - bits.mean(0), None)
             both = f"{mean:.4f} ± {error:.4f} | {less:+.4f} ± {less_error:.4f}"
-            print(f"| {probes} | {count} | {both} |", flush=True)
-            count *= 2
+            print(f"| {probes} | {groups.shape[1]} | {both} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Photographs of 128×128: levels 8, 16 and 32 on averages, then 64 and 128 on top, each starting
-# from the weights of the level below it; two core-hours on one core. Then its bits on all test
-# crops beside classical formats (extra `compare`), and its samples.
+# from the weights of the level below it; a hundred minutes on one core. Then its bits on all test
+# crops beside classical formats (extra `compare`), samples, and crops drawn again from 32×32.
 #   sh experiments/photos128.sh DIR     DIR holds photos128, a folder of train.npz and test.npz
 # What is trained already is not trained again; what was interrupted goes on.
 set -eu

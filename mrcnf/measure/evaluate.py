@@ -40,6 +40,10 @@ class LevelReport:
     solver: str
 
 
+ALIKE = "crops of few photographs"
+"""What errors are over that are too small, as crops of one photograph are alike."""
+
+
 @dataclass
 class Evaluation:
     """What the model is worth on some images."""
@@ -52,7 +56,7 @@ class Evaluation:
     """Standard error of the mean, over what `error_over` says."""
     error_over: str
     """images; or, where the data know their sources, photographs if there are at least 8, else
-    crops of few photographs, whose standard error is too small, as those of one are alike."""
+    `ALIKE`."""
     levels: list[LevelReport]
     draws: int
     trace: str
@@ -72,6 +76,11 @@ class Evaluation:
         del table["bits"]
         return json.dumps(table, indent=2)
 
+    @property
+    def noise_draws(self) -> str:
+        """How many, in words."""
+        return "1 noise draw" if self.draws == 1 else f"{self.draws} noise draws"
+
     def __str__(self) -> str:
         total = f"{self.bpd:.4f} ± {self.bpd_stderr:.4f} bits/dim"
         over = "" if self.error_over == "images" else f" (error over {self.error_over})"
@@ -81,8 +90,7 @@ class Evaluation:
                 f"  level {level.resolution:4d}: {level.bpd:.4f} ± {level.bpd_stderr:.4f}"
                 f"   NFE {level.nfe:.0f}   {level.solver}"
             )
-        draws = "1 noise draw" if self.draws == 1 else f"{self.draws} noise draws"
-        rows.append(f"  {draws}, trace {self.trace}, {self.seconds:.1f} s")
+        rows.append(f"  {self.noise_draws}, trace {self.trace}, {self.seconds:.1f} s")
         if self.corrected:
             rows.append(
                 "  of which {bpd:+.5f} ± {bpd_stderr:.5f} corrects the steps of the solver, found "
@@ -362,7 +370,7 @@ def _error_over(groups: Tensor | None) -> str:
     if _grouped(groups):
         return "photographs"
     alike = groups is not None and len(groups.unique()) < len(groups)
-    return "crops of few photographs" if alike else "images"
+    return ALIKE if alike else "images"
 
 
 def _grouped(groups: Tensor | None) -> bool:

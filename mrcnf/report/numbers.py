@@ -12,7 +12,7 @@ from torch import Tensor
 from mrcnf.errors import UserError
 from mrcnf.flows.solve import SolverError
 from mrcnf.measure.classical import available, classical_sizes
-from mrcnf.measure.evaluate import Evaluation, LevelReport, mean_and_error
+from mrcnf.measure.evaluate import ALIKE, Evaluation, LevelReport, mean_and_error
 from mrcnf.report import inline, plot
 from mrcnf.report.document import Block, Chart, Code, Picture, Swatch, Table, Text
 from mrcnf.report.subject import CONVERGENCE, Subject
@@ -142,11 +142,10 @@ def _hows(found: Sequence[tuple[Subject, Evaluation]], alone: bool) -> list[str]
 
 
 def _how(result: Evaluation) -> str:
-    draws = "1 noise draw" if result.draws == 1 else f"{result.draws} noise draws"
     solver = result.solver if result.solver.startswith("no ") else f"solver {result.solver}"
-    small = ", which are alike: they are too small" if "few" in result.error_over else ""
+    small = ", which are alike: they are too small" if result.error_over == ALIKE else ""
     return (
-        f"{result.images:,} images of {result.data}, {draws} each; {solver}; trace "
+        f"{result.images:,} images of {result.data}, {result.noise_draws} each; {solver}; trace "
         f"{result.trace}. Errors are standard errors over {result.error_over}{small}. The bits are "
         "an upper bound on −log₂ P per dimension."
     )

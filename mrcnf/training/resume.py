@@ -1,14 +1,13 @@
 """Everything that training needs to go on, on disk: a kill at any moment loses no more than steps.
 
-`save` writes the level for use and the state in an order that leaves something to go on from
-whenever it is cut short; `restore` takes up whichever state is there.
+`State.save` writes the level for use and the state in an order that leaves something to go on from
+whenever it is cut short; `find_state` reads whichever is there, `State.restore` takes it up.
 """
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -29,21 +28,6 @@ def newest(folder: Path) -> Path | None:
     return next((path for path in states if path.exists()), None)
 
 
-def take_form(path: Path, level: Level) -> None:
-    """Give a level the form of the one that a state is of, before anything is built around it.
-
-    Those of earlier versions may lack what levels have today.
-    """
-    # What is wrong with a state is for `State.restore` to say.
-    with contextlib.suppress(UserError, RuntimeError):
-        level.load_state_dict(_of_level(read_tensors(path)[0]))
-
-
-def _of_level(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    prefix = "level."
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
 def refuse_used(folder: Path, resume: bool) -> None:
     """A UserError where training into a level's folder would harm what is there."""
     found = newest(folder) is not None
@@ -57,6 +41,68 @@ def refuse_used(folder: Path, resume: bool) -> None:
             f"{folder} holds a training run already; add --resume to go on with it, or choose "
             "another --out"
         )
+
+
+class Found(NamedTuple):
+    """A state that `State.save` wrote."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+
+    def fill(self, level: Level) -> None:
+        """Give a level the state's weights, and its form, before anything is built around it.
+
+        Levels of earlier versions may lack what new ones have.
+
+        Raises:
+            UserError: it is of another level.
+        """
+        prefix = "level."
+        own = {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
+        try:
+            level.load_state_dict(own)
+        except RuntimeError as error:
+            raise self.unfit(error) from None
+
+    def unfit(self, error: Exception) -> UserError:
+        return UserError(f"{self.path} does not fit this configuration: {error}")
+
+
+def find_state(folder: Path, config: Config, data: str) -> Found | None:
+    """The state to go on from in a level's folder, if there is one.
+
+    Args:
+        config: with the level's own settings merged in.
+        data: sha256 of the training images.
+
+    Raises:
+        UserError: it is damaged, of other images, or of another model.
+    """
+    path = newest(folder)
+    if path is None:
+        return None
+    try:
+        tensors, metadata = read_tensors(path)
+    except UserError as error:
+        older = folder / checkpoint.PREVIOUS
+        hint = f"; an older one is at {older}: rename it to {path.name} to go on from there"
+        offered = older.exists() and path != older
+        raise UserError(f"{error}{hint if offered else ''}") from None
+    if metadata["data"] != data:
+        raise UserError(
+            f"{path} was trained on other images, or on the same ones reduced by an earlier "
+            "version; resume with the same data"
+        )
+    then = metadata["config"]
+    for section in ("model", "flow", "field"):
+        now = getattr(config, section)
+        table = to_table(rebuilt(type(now), then.get(section, {}), path))
+        if table != to_table(now):
+            raise UserError(
+                f"{path} is a checkpoint of another model: its [{section}] is {table}"
+            )
+    return Found(path, tensors, metadata)
 
 
 class State:
@@ -113,47 +159,23 @@ class State:
             checkpoint.save_level(self.folder, level, weights, extra)
         self.saved_step = step
 
-    def restore(self, path: Path) -> tuple[int, float]:
-        """Take up a state that `save` wrote; returns the steps and seconds done.
+    def restore(self, found: Found) -> tuple[int, float]:
+        """Go on from a state whose level is `update`'s; returns the steps and seconds done.
 
         Raises:
-            UserError: it is damaged, of other images, or of another model or optimiser.
+            UserError: it is of another optimiser.
         """
-        tensors, metadata = self._read(path)
-        plugins.warn_if_changed(metadata.get("code", {}), self.code, path)
-        level, update = self.update.level, self.update
+        tensors, metadata = found.tensors, found.metadata
+        plugins.warn_if_changed(metadata.get("code", {}), self.code, found.path)
+        update = self.update
         try:
-            level.load_state_dict(_of_level(tensors))
             for i, average in enumerate(update.average):
                 average.copy_(tensors[f"average.{i}"])
             update.optimizer.load_state_dict(tensors)
         except (RuntimeError, KeyError) as error:
-            raise UserError(f"{path} does not fit this configuration: {error}") from None
+            raise found.unfit(error) from None
         update.skipped = tensors["skipped"].to(update.skipped.device)
         update.skipped[1:] = 0  # in a row: a resumed run may have been given a remedy
         if (self.folder / checkpoint.WEIGHTS).exists():  # else killed before they were written
             self.saved_step = metadata["step"]
         return metadata["step"], metadata["seconds"]
-
-    def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        try:
-            tensors, metadata = read_tensors(path)
-        except UserError as error:
-            older = self.folder / checkpoint.PREVIOUS
-            hint = f"; an older one is at {older}: rename it to {path.name} to go on from there"
-            offered = older.exists() and path != older
-            raise UserError(f"{error}{hint if offered else ''}") from None
-        if metadata["data"] != self.data:
-            raise UserError(
-                f"{path} was trained on other images, or on the same ones reduced by an earlier "
-                "version; resume with the same data"
-            )
-        then = metadata["config"]
-        for section in ("model", "flow", "field"):
-            now = getattr(self.config, section)
-            table = to_table(rebuilt(type(now), then.get(section, {}), path))
-            if table != to_table(now):
-                raise UserError(
-                    f"{path} is a checkpoint of another model: its [{section}] is {table}"
-                )
-        return tensors, metadata

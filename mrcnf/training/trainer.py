@@ -29,7 +29,7 @@ from mrcnf.training.live import Live
 from mrcnf.training.optim import Schedule
 from mrcnf.training.order import EpochOrder
 from mrcnf.training.prepare import prepare_level, standardise
-from mrcnf.training.resume import State, newest, refuse_used, take_form
+from mrcnf.training.resume import State, find_state, refuse_used
 from mrcnf.training.update import Update
 from mrcnf.training.watch import SAMPLES, Watch
 
@@ -74,9 +74,10 @@ class Trainer:
         self.device = runtime.choose_device(self.train.device)
         data = runtime.of_first_process(lambda: images.sha256)
         refuse_used(self.folder, resume)
-        level, found = prepare_level(config, resolution, images), newest(self.folder)
+        level = prepare_level(config, resolution, images)
+        found = find_state(self.folder, config, data)
         if found is not None:
-            take_form(found, level)
+            found.fill(level)
         elif self.train.init:
             start = self.train.init_level or resolution
             checkpoint.load_weights(self.train.init, level, start)
