@@ -55,18 +55,22 @@ EXAMPLES = [
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
-    """A barely trained 8-16-32 run at runs/demo, as the example expects."""
+    """Barely trained 8-16-32 runs: runs/demo of grey images, runs/views of colours."""
     folder = tmp_path_factory.mktemp("readme")
-    pixels = torch.randint(0, 256, (8, 1, 32, 32), dtype=torch.uint8)
     table = {
         "field": {"width": 4, "depth": 1},
         "train": {"steps": 1, "batch": 4, "evaluate_every": 1},
         "solver": {"steps": 2},
     }
-    for resolution in (8, 16, 32):
+    for run, channels, data in (("views", 3, "folder:photos"), ("demo", 1, "photos")):
+        pixels = torch.randint(0, 256, (8, channels, 32, 32), dtype=torch.uint8)
         images = Images(pixels, "noise", "train")
-        run = folder / "runs/demo"
-        train.Trainer(from_table(table), resolution, images, run, test=images).run(progress=False)
+        settings = from_table({**table, "data": {"name": data}})
+        for resolution in (8, 16, 32):
+            trainer = train.Trainer(
+                settings, resolution, images, folder / "runs" / run, test=images
+            )
+            trainer.run(progress=False)
     split = {
         **table,
         "model": {"resolutions": [32]},
@@ -82,9 +86,10 @@ def workplace(tiny_run):
     """The files that the README's commands name, small."""
     (tiny_run / "experiments").symlink_to(ROOT / "experiments")
     (tiny_run / "examples").symlink_to(ROOT / "examples")
-    for name in ("cifar10-cpu", "mine"):
-        (tiny_run / "runs" / name).symlink_to(tiny_run / "runs/demo")
-    noise = torch.randint(0, 256, (4, 1, 64, 64), dtype=torch.uint8)
+    for name, run in (("cifar10-cpu", "views"), ("mine", "views"), ("other", "demo")):
+        (tiny_run / "runs" / name).symlink_to(tiny_run / "runs" / run)
+    (tiny_run / "others").symlink_to(tiny_run / "photos")
+    noise = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
     for i, image in enumerate(noise):
         for split in ("train", "test"):
             save_image(tiny_run / f"photos/{split}/{i}.png", image)

@@ -159,7 +159,10 @@ def evaluate(
     if tolerance:
         found = correction.plan(
             levels, images.pixels,
-            lambda pixels, solvers: _bits(levels, pixels, batch, 1, seed, solvers)[0], tolerance,
+            lambda pixels, solvers: _bits(
+                levels, pixels, batch, 1, seed, solvers, progress, "few or many steps"
+            )[0],
+            tolerance,
         )  # fmt: skip
     few = {} if found is None else found.few
     bits, costs = _bits(levels, images.pixels, batch, draws, seed, few, progress=progress)
@@ -302,6 +305,7 @@ def _bits(
     seed: int,
     solver: Mapping[int, Solver] | None = None,
     progress: bool = False,
+    label: str = "evaluate",
 ) -> tuple[Tensor, list[tuple[float, float]]]:
     """Bits per dimension of the images, by level and image, and mean NFE and rejections by level.
 
@@ -314,7 +318,7 @@ def _bits(
     bits = torch.zeros(len(levels), len(images), dtype=torch.float64)
     costs = torch.zeros(len(levels), 2, dtype=torch.float64)
     quiet = not progress or rank > 0
-    bar = tqdm(total=len(images) * draws, desc="evaluate", unit="image", disable=quiet)
+    bar = tqdm(total=len(images) * draws, desc=label, unit="image", disable=quiet)
     for b, chunk in enumerate(batches):
         if b % world != rank:
             continue

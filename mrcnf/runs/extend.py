@@ -63,15 +63,16 @@ def extended_config(
         check_finest(Origin.of(Path(run), metadata), resolution)
     levels = json.dumps([*model.resolutions, resolution])
     # The finest level's starting weights are none for the new level, and other images may have no
-    # test split for a curve.
+    # test split for a curve. What was the data's choice then is the levels' now.
     own = [
-        f"model.resolutions={levels}", "train.init=", "train.init_level=0", "train.evaluate_every=0"
+        f"model.resolutions={levels}", f"model.channels={model.channels}", "train.init=",
+        "train.init_level=0", "train.evaluate_every=0",
     ]  # fmt: skip
     settings = finest_config(run, [*own, *overrides])
     wanted = dataclasses.replace(model, resolutions=(*model.resolutions, resolution))
     for name in ("resolutions", *SHARED):
         found, shared = getattr(settings.model, name), getattr(wanted, name)
-        if found != shared and not (name == "channels" and found == 0):
+        if found != shared:
             raise UserError(
                 f"model.{name} = {found} does not fit the levels of {run}, which have {shared}"
             )

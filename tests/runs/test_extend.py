@@ -57,6 +57,14 @@ def test_what_all_levels_share_cannot_be_changed_for_a_new_one(finished, change)
         extended_config(finished, finished, 8, [change])
 
 
+def test_a_new_level_has_as_many_channels_as_the_levels_below(tmp_path, finished):
+    settings = extended_config(finished, tmp_path, 8)
+    assert settings.model.channels == 1
+    with pytest.raises(UserError, match="3 channel"):
+        train.Trainer(settings, 8, images(side=8, channels=3), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_new_level_may_start_from_the_one_below(tmp_path, finished):
     start = ["train.steps=1", "train.learning_rate=1e-9", "train.ema=0"]
     settings = extended_config(finished, tmp_path, 8, [f"train.init={finished}", *start])
