@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=200, help="the first so many images")
     parser.add_argument("--draws", type=int, default=16, help="K, a power of two")
     parser.add_argument("--probes", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--trace", default="hutchinson", help="hutchinson or calibrated")
     parser.add_argument("--batch", type=int, default=25)
     parser.add_argument("--steps", type=int, default=0, help="of each level's solver; 0: its own")
     options = parser.parse_args()
@@ -40,7 +41,7 @@ def main() -> None:
     images = mrcnf.data.load(options.data, "test", root=options.root, limit=options.limit).pixels
     dims = images[0].numel()
     for probes in options.probes:
-        set_solvers(model, {"trace": {"probes": probes}})
+        set_solvers(model, {"trace": {"method": options.trace, "probes": probes}})
         bits = torch.stack([
             bits_by_level(model, images, batch=options.batch, seed=k).sum(0)
             for k in trange(options.draws, desc=f"{probes} probes", unit="draw")

@@ -123,8 +123,9 @@ def calibrate(
 ) -> None:
     """Teach a trained run, on its training images, what makes `compress` write smaller files.
 
-    A small head on each level's network learns the network's Jacobian near its diagonal, and the
-    codec's settings are tried on a few images. Both are kept beside the weights, which stay as they
+    A small head on each level's network learns the network's Jacobian near its diagonal, which
+    `trace.method=calibrated` has use for too, and the codec's settings are tried on a few images.
+    Both are kept beside the weights, which stay as they
     are. Files that were compressed before need the run as it was before.
 
     Args:

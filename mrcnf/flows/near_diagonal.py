@@ -1,9 +1,10 @@
 """What a velocity's Jacobian is near its diagonal, predicted by a small head on the network.
 
 A codec wants to know by how much a short step stretches every coefficient, at every step, without
-the tangents of a trace. The features that the network computes its velocity from know it: two
-1×1 convolutions find the diagonal of ∂f/∂y and the couplings of neighbouring positions, which
-make up most of what is off the diagonal. They are fitted to products J·e (`training.calibrate`).
+the tangents of a trace; and an estimated trace leaves less to chance where most of the Jacobian is
+known (`trace.Known`). The features that the network computes its velocity from know it: two 1×1
+convolutions find the diagonal of ∂f/∂y and the couplings of neighbouring positions, which make up
+most of what is off the diagonal. They are fitted to products J·e (`training.calibrate`).
 """
 
 from __future__ import annotations

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mrcnf.errors import UserError
 from mrcnf.flows import paths
 from mrcnf.flows.lattice_features import Lattice
 from mrcnf.flows.near_diagonal import NearDiagonal
 from mrcnf.flows.residual_blocks import ResidualBlocks, coarse_network, hidden_weights
 from mrcnf.flows.tangents import Dual, normalise
+from mrcnf.flows.trace import Known
 from mrcnf.flows.velocity import Field, Local
 
 
@@ -48,7 +50,7 @@ class ResidualField(ResidualBlocks, Field):
 
     noise: Tensor
     near: NearDiagonal | None
-    """A head that a codec asks for the Jacobian; None until one is fitted."""
+    """A head that codecs and calibrated traces ask for the Jacobian; None until one is fitted."""
 
     def __init__(
         self,
@@ -111,6 +113,21 @@ class ResidualField(ResidualBlocks, Field):
         time = time_features(t.to(y.dtype).reshape(-1))
         diagonal, _, neighbours = self.near(features, gain, log_spread, time)
         return Local(value, diagonal, neighbours)
+
+    def push_known(
+        self, t: Tensor, y: Tensor, tangents: Tensor, context: Tensor | None
+    ) -> Known:
+        if self.near is None:
+            raise UserError(
+                "trace method calibrated: the level has no heads that know its Jacobian; fit them "
+                "with `mrcnf calibrate`, or use hutchinson"
+            )
+        seen, rates = self.features(t, Dual(y, tangents), context)
+        assert rates.tangents is not None
+        near = self.near(*seen)
+        known = torch.stack([self.near.product(near, e) for e in tangents])
+        trace = near[0].flatten(1).sum(1)
+        return Known(*(part.to(y.dtype) for part in (rates.value, rates.tangents, known, trace)))
 
     def features(
         self, t: Tensor, y: Dual, context: Tensor | None

@@ -1,4 +1,4 @@
-"""Divergence of a velocity field: exact, Hutchinson, Hutch++; forward mode throughout.
+"""Divergence of a velocity field: exact or estimated; forward mode throughout.
 
 The rate of change of a log-density along dy/dt = f(t, y) is -∇·f, the trace of the Jacobian
 J = ∂f/∂y (Chen et al. 2018, eq. 8). Forward mode gives f and J·e from one pass: fields of this
@@ -21,7 +21,7 @@ from mrcnf.errors import UserError
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
-METHODS = ("exact", "hutchinson", "hutch++")
+METHODS = ("exact", "hutchinson", "hutch++", "calibrated")
 PROBES = ("rademacher", "gaussian")
 CHUNK = 256
 """Unit tangents that an exact trace pushes at a time."""
@@ -32,7 +32,8 @@ class Trace:
     """How to measure divergence; checked when it is made."""
 
     method: str = "hutchinson"
-    """exact, hutchinson or hutch++."""
+    """exact, hutchinson, hutch++, or calibrated: Hutchinson on what the heads of `mrcnf calibrate`
+    leave to find."""
     probes: int = 1
     """Random probes, fixed for a whole solve (the exact trace needs none)."""
     kind: str = "rademacher"
@@ -63,6 +64,19 @@ class Divergence(NamedTuple):
     """(N,): the squared Frobenius norm of ∂f/∂y, or its unbiased estimate E‖J e‖²."""
 
 
+class Known(NamedTuple):
+    """A field's value, products with its Jacobian J, and with a matrix K that is close to J."""
+
+    value: Tensor
+    """f(t, y), shaped as y."""
+    pushed: Tensor
+    """J·e for tangents e, shaped as those (K, N, …)."""
+    known: Tensor
+    """K·e, shaped as that."""
+    trace: Tensor
+    """(N,): the trace of K."""
+
+
 def divergence(
     f: Velocity,
     t: Tensor,
@@ -78,8 +92,9 @@ def divergence(
         f: maps a scalar t and y of shape (N, …) to (N, …), each row by itself.
         y: (N, …).
         method: "exact" (one tangent per dimension), "hutchinson" (mean of e·J e;
-            Hutchinson 1990) or "hutch++" (exact on a sketched subspace, Hutchinson on the
-            rest; Meyer et al. 2021, algorithm 1).
+            Hutchinson 1990), "hutch++" (exact on a sketched subspace, Hutchinson on the
+            rest; Meyer et al. 2021, algorithm 1) or "calibrated" (tr K plus the mean of
+            e·(J - K)·e, for the matrix K that f's `push_known` knows: a control variate).
         probes: how many to draw, or a tensor (K, N, …) of probes to use; hutch++ takes an even
             number, the first half for sketching.
         generator: on the device of y.
@@ -136,6 +151,8 @@ def estimate(
         raise UserError(f"trace method {method!r} needs probes (an even number for hutch++)")
     if method == "hutch++":
         return _hutch_plus_plus(f, t, y, probes)
+    if method == "calibrated":
+        return _calibrated(f, t, y, probes)
     value, pushed = linearise(f, t, y, probes)
     return Divergence(value, _dot(probes, pushed).mean(0), _dot(pushed, pushed).mean(0))
 
@@ -164,7 +181,7 @@ def diagonal(
             (Bekas, Kokiopoulou & Saad 2007).
 
     Raises:
-        UserError: the method is hutch++, which knows traces alone.
+        UserError: the method is another, which knows traces alone.
     """
     if trace.method == "exact":
         parts = [(basis * push(basis)).sum(0) for basis in _bases(y)]
@@ -213,6 +230,15 @@ def _hutch_plus_plus(f: Velocity, t: Tensor, y: Tensor, probes: Tensor) -> Diver
     along, across = _dot(directions, pushed).chunk(2)
     spread, rest_spread = _dot(pushed, pushed).chunk(2)
     return Divergence(value, along.sum(0) + across.mean(0), spread.sum(0) + rest_spread.mean(0))
+
+
+def _calibrated(f: Velocity, t: Tensor, y: Tensor, probes: Tensor) -> Divergence:
+    push = getattr(f, "push_known", None)
+    if push is None:
+        raise UserError("trace method calibrated: this function does not define push_known()")
+    value, pushed, known, trace = push(t, y, probes)
+    rest = _dot(probes, pushed - known).mean(0)
+    return Divergence(value, trace + rest, _dot(pushed, pushed).mean(0))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

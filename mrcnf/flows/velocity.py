@@ -14,7 +14,7 @@ from mrcnf import runtime
 from mrcnf.errors import UserError
 from mrcnf.flows.near_diagonal import Neighbours
 from mrcnf.flows.tangents import Dual
-from mrcnf.flows.trace import linearise
+from mrcnf.flows.trace import Known, linearise
 
 
 class Local(NamedTuple):
@@ -88,6 +88,19 @@ class Field(nn.Module):
         assert answer.tangents is not None
         return answer.value.to(y.dtype), answer.tangents.to(y.dtype)
 
+    def push_known(
+        self, t: Tensor, y: Tensor, tangents: Tensor, context: Tensor | None
+    ) -> Known:
+        """As `push`, with a matrix near the Jacobian, for a trace that is less random.
+
+        Raises:
+            UserError: no such matrix is known.
+        """
+        raise UserError(
+            f"trace method calibrated: {type(self).__name__} knows nothing of its Jacobian; use "
+            "hutchinson or exact"
+        )
+
     def local(self, t: Tensor, y: Tensor, context: Tensor | None) -> Local:
         """f(t, y) with as much of ∂f/∂y as comes for next to nothing; here, that is nothing."""
         return Local(self.value(t, y, context), torch.zeros_like(y))
@@ -97,7 +110,8 @@ class Field(nn.Module):
 
     def compile(self, **options: Any) -> None:
         """Compile f as a whole, for flow matching, and in the parts that solvers call."""
-        runtime.compile_methods(self, "forward", "context", "value", "local", "push", **options)
+        methods = ("forward", "context", "value", "local", "push", "push_known")
+        runtime.compile_methods(self, *methods, **options)
 
 
 class Conditioned:
@@ -117,6 +131,10 @@ class Conditioned:
         """f(t, y) and J·e for tangents (K, N, …), in one pass."""
         value, pushed = self.field.push(t, y, tangents, self.context)
         return _shaped(self.field, value, y), pushed
+
+    def push_known(self, t: Tensor, y: Tensor, tangents: Tensor) -> Known:
+        """As `push`, see `Field.push_known`."""
+        return self.field.push_known(t, y, tangents, self.context)
 
 
 def _shaped(field: Field, value: Tensor, y: Tensor) -> Tensor:

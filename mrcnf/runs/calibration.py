@@ -1,9 +1,10 @@
-"""What a codec was taught about a trained level, in a file beside its weights.
+"""What codecs and traces were taught about a trained level, in a file beside its weights.
 
     RUN/level-16/codec.safetensors     the heads `NearDiagonal` of the level's fields, and settings
 
-It is no part of the model: nothing but a codec asks for it. Files are coded with heads or without,
-as they were there, and are decoded with the same; settings are written into each file.
+It is no part of the model, whose densities are the same with it or without. Files are coded with
+heads or without, as they were there, and are decoded with the same; settings are written into each
+file.
 """
 
 from __future__ import annotations

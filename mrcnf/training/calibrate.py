@@ -1,4 +1,4 @@
-"""Fits what a codec asks of a trained level: its Jacobian near the diagonal.
+"""Fits what codecs and traces ask of a trained level: its Jacobian near the diagonal.
 
 On points of the level's own paths from training images to noise, the head `NearDiagonal` of each
 field learns to say what J·e is, for random signs e, from the features of the network alone. The

@@ -204,7 +204,10 @@ def test_what_cannot_be_calibrated_is_one_line(tmp_path, capsys):
 
 def test_half_copies_of_a_calibrated_run_open_with_its_heads(tmp_path, capsys):
     run = trained(tmp_path / "run", f"data.name={write_npz(tmp_path / 'data')}")
+    evaluation = "evaluate", run, "--limit", "2", "trace.method=calibrated"
+    assert "mrcnf calibrate" in refused(capsys, *evaluation)
     mrcnf_says(capsys, "calibrate", run, "--steps", "2", "--images", "0")
+    assert "trace calibrated, 1 rademacher" in mrcnf_says(capsys, *evaluation)
     mrcnf_says(capsys, "assemble", run, "--out", tmp_path / "half", "--half")
     copy = mrcnf.load(tmp_path / "half")
     assert all(level.flow.fields[0].near is not None for level in copy)

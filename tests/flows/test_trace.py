@@ -33,6 +33,13 @@ def paper():
     return Conditioned(awake(PaperField(3, 1, hidden=(5, 5))), normal(2, 1, 2, 4))
 
 
+def calibrated():
+    """Its field has a head, which knows a matrix that has nothing to do with the Jacobian."""
+    f = residual()
+    f.field.near = awake(f.field.new_near(), 0.3)
+    return f
+
+
 class ByJvp:
     """A field whose tangents autograd pushes, one by one."""
 
@@ -76,7 +83,7 @@ def test_exact_is_the_trace_of_the_jacobian(name):
 
 
 @pytest.mark.parametrize("name", ["residual", "paper"])
-@pytest.mark.parametrize("method", trace.METHODS)
+@pytest.mark.parametrize("method", ["exact", "hutchinson", "hutch++"])
 def test_push_and_jvp_agree(method, name):
     f, y = FUNCTIONS[name](), normal(2, 3, 2, 4)
     probes = trace.draw_probes(y, 3, method=method)
@@ -100,12 +107,14 @@ ESTIMATES = [
     ("hutchinson", "gaussian"),
     ("hutch++", "rademacher"),
     ("hutch++", "gaussian"),
+    ("calibrated", "rademacher"),
+    ("calibrated", "gaussian"),
 ]
 
 
 @pytest.mark.parametrize("method, kind", ESTIMATES)
 def test_estimates_are_unbiased(method, kind):
-    f = residual()
+    f = calibrated()
     f.context = f.context[:1]
     y = normal(1, 3, 2, 4)
     exact = trace.estimate(f, T, y, "exact", None)
@@ -136,6 +145,53 @@ def test_the_variance_of_hutchinson_is_known(probes, kind):
     # The excess kurtosis of these quadratic forms is at most 12/K: std of the variance
     # below √((2 + 12)/rows).
     assert abs(found.var() / expected - 1) < 4 * math.sqrt(14 / rows)
+
+
+class PartlyKnown(Conditioned):
+    """A linear field and a matrix that is known of it."""
+
+    def __init__(self, a, k):
+        super().__init__(LinearField(a), None)
+        self.k = k
+
+    def push_known(self, t, y, tangents):
+        known = (tangents.flatten(2) @ self.k.T).reshape(tangents.shape)
+        return trace.Known(*self.push(t, y, tangents), known, self.k.trace().expand(len(y)))
+
+
+def test_what_is_known_takes_its_part_out_of_the_variance():
+    a = matrix(12)
+    k = torch.where((torch.arange(12) - torch.arange(12)[:, None]).abs() < 6, a, 0.1)
+    unknown = (a - k + (a - k).T) / 2
+    expected = 2 * (unknown - unknown.diagonal().diag()).square().sum()
+    rows = 8000
+    _, found = trace.divergence(PartlyKnown(a, k), T, normal(rows, 3, 2, 2), "calibrated", 1)
+    assert abs(found.var() / expected - 1) < 4 * math.sqrt(14 / rows)
+    assert (found.mean() - a.trace()).abs() < 4 * (expected / rows).sqrt()
+    _, whole = trace.divergence(PartlyKnown(a, a), T, normal(3, 3, 2, 2), "calibrated", 1)
+    torch.testing.assert_close(whole, a.trace().expand(3), rtol=1e-12, atol=1e-12)
+
+
+def test_a_head_knows_one_symmetric_matrix_and_its_trace():
+    f, y = calibrated(), normal(2, 3, 2, 4)
+    basis = torch.eye(24, dtype=y.dtype).reshape(24, 1, 3, 2, 4).expand(-1, 2, -1, -1, -1)
+    value, pushed, known, traces = f.push_known(T, y, basis)
+    plain = f.push(T, y, basis)
+    torch.testing.assert_close((value, pushed), plain, rtol=1e-12, atol=1e-12)
+    matrices = known.flatten(2).permute(1, 2, 0)
+    assert matrices.abs().sum() > 1
+    torch.testing.assert_close(matrices, matrices.mT, rtol=1e-12, atol=1e-12)
+    diagonals = matrices.diagonal(dim1=1, dim2=2).sum(1)
+    torch.testing.assert_close(traces, diagonals, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("f", "message"),
+    [(residual, "mrcnf calibrate"), (paper, "PaperField knows nothing"), (network, "push_known")],
+)
+def test_a_calibrated_trace_of_what_is_not_known_is_refused(f, message):
+    with pytest.raises(UserError, match=f"calibrated.*{message}"):
+        trace.divergence(f(), T, normal(2, 3, 2, 4), "calibrated")
 
 
 def test_hutch_plus_plus_is_exact_on_a_jacobian_of_low_rank():

@@ -63,11 +63,17 @@ def test_every_level_runs_compiled_at_every_shape_in_training_and_evaluation(noi
                 [level], x[:n], log_q[:n], generator=seeded()
             )[level.resolution].log_prob,
         }
+        if kind == "residual":
+            (field,) = level.flow
+            field.near, known = field.new_near(), Trace("calibrated")
+            works["calibrated evaluation"] = lambda n, level=level, known=known: likelihoods(
+                [level], x[:n], log_q[:n], generator=seeded(), trace=known
+            )[level.resolution].log_prob
         plain = {(name, n): work(n) for name, work in works.items() for n in (4, 3)}
         backend = Counting()
         level.compile(backend=backend, fullgraph=True)
         for (name, n), expected in plain.items():
-            with torch.set_grad_enabled(name != "evaluation"):
+            with torch.set_grad_enabled("evaluation" not in name):
                 count, found = ran(backend, lambda work=works[name], n=n: work(n))
             # Two steps of the midpoint rule; flow matching asks once.
             assert count >= (1 if name == "flow matching" else 4), (level.resolution, name, n)
