@@ -63,7 +63,7 @@ def _bits_of_files(
     known: dict[str, Any] = {"images": np.array(images.sha256)}
     if kept is not None and kept.exists():
         with np.load(kept) as archive:
-            if archive["images"] != known["images"]:
+            if str(archive["images"]) != images.sha256:
                 raise SystemExit(f"{kept} is of other images; remove it, or name another file")
             known |= dict(archive)
     pixels = images.pixels

@@ -50,29 +50,37 @@ def count(what: Path) -> None:
 
 
 def _of_run(run: Path) -> Iterator[Trained]:
-    for level in checkpoint.load(run):
-        folder = checkpoint.level_folder(run, level.resolution)
-        settings = config.load(folder / checkpoint.CONFIG).at_level(level.resolution)
-        yield level, settings, metrics.read(folder)[-1]
+    for resolution, folder in checkpoint.find_levels(run).items():
+        settings = config.load(folder / checkpoint.CONFIG).at_level(resolution)
+        channels = checkpoint.load_level(run, resolution).model.channels
+        # A new one, as it was trained, when there may have been no finer levels yet.
+        yield _fresh(settings, resolution, channels), settings, metrics.read(folder)[-1]
 
 
 def _of_recipe(recipe: Path) -> Iterator[Trained]:
     whole = config.load(recipe)
     for resolution in whole.model.resolutions:
         settings = whole.at_level(resolution)
-        images = Images(_pixels(settings), "random", "train")
-        yield prepare_level(settings, resolution, images), settings, {"step": settings.train.steps}
+        if settings.train.minutes:
+            raise SystemExit(f"{recipe} trains by the clock: count the run that it made")
+        level = _fresh(settings, resolution, settings.model.channels or 3)
+        yield level, settings, {"step": settings.train.steps}
+
+
+def _fresh(settings: config.Config, resolution: int, channels: int) -> Level:
+    images = Images(_pixels(settings, settings.model.finest, channels), "random", "train")
+    return prepare_level(settings, resolution, images)
 
 
 def _of_a_step(level: Level, settings: config.Config) -> int:
     objective = Objective(level.train().requires_grad_(), settings)
-    pixels, generator = _pixels(settings), seeds.generator(0)
+    pixels = _pixels(settings, level.model.finest, level.model.channels)
+    generator = seeds.generator(0)
     return flop(lambda: objective(pixels, generator)[0].backward())
 
 
-def _pixels(settings: config.Config) -> Tensor:
+def _pixels(settings: config.Config, side: int, channels: int) -> Tensor:
     """A batch; what is in it does not matter."""
-    side, channels = settings.model.finest, settings.model.channels or 3
     shape = settings.train.batch, channels, side, side
     return torch.randint(256, shape, dtype=torch.uint8, generator=seeds.generator(0))
 

@@ -1,6 +1,6 @@
 """How much of one image's likelihood is the chance of its probes, by level and by trace.
 
-    python experiments/traces.py RUN DATA --root DIR --limit 8 --seeds 12
+    OMP_NUM_THREADS=1 python experiments/traces.py RUN DATA --root DIR --limit 8 --seeds 12
 
 The same noise and solver under other probes: the standard deviation of log p, in nats, averaged
 over images as variances are, and how many plain Hutchinson probes would have as small a one.
@@ -43,6 +43,7 @@ def main() -> None:
     for level in model:
         solver = replace(level.solver, steps=options.steps or level.solver.steps)
         plain = 0.0
+        level.log_prob(x, solver=solver)  # the first time takes longer
         for method, probes in TRACES:
             trace, start = mrcnf.Trace(method, probes), time.perf_counter()
             found = torch.stack([

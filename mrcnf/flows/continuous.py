@@ -66,6 +66,11 @@ class ContinuousFlow(Flow):
         # Integrals are carried per dimension, so tolerances mean nats per dimension.
         state: State = (y, *(y.new_zeros(len(y)) for _ in range(3 if regularise else 1)))
         statistics = Statistics()
+        if trace.method == "calibrated" and not all(field.knows_jacobian for field in self):
+            raise UserError(
+                f"{self.name}: trace method calibrated needs heads that know the Jacobian; `mrcnf "
+                "calibrate` fits them to levels of a residual field, for others use hutchinson"
+            )
         for field in self:
             probes = tracing.draw_probes(
                 y, trace.probes, method=trace.method, kind=trace.kind, generator=generator

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mrcnf.errors import UserError
 from mrcnf.flows import paths
 from mrcnf.flows.lattice_features import Lattice
 from mrcnf.flows.near_diagonal import NearDiagonal
@@ -114,16 +113,15 @@ class ResidualField(ResidualBlocks, Field):
         diagonal, _, neighbours = self.near(features, gain, log_spread, time)
         return Local(value, diagonal, neighbours)
 
+    @property
+    def knows_jacobian(self) -> bool:
+        return self.near is not None
+
     def push_known(
         self, t: Tensor, y: Tensor, tangents: Tensor, context: Tensor | None
     ) -> Known:
-        if self.near is None:
-            raise UserError(
-                "trace method calibrated: the level has no heads that know its Jacobian; fit them "
-                "with `mrcnf calibrate`, or use hutchinson"
-            )
         seen, rates = self.features(t, Dual(y, tangents), context)
-        assert rates.tangents is not None
+        assert rates.tangents is not None and self.near is not None
         near = self.near(*seen)
         known = torch.stack([self.near.product(near, e) for e in tangents])
         trace = near[0].flatten(1).sum(1)

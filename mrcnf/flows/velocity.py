@@ -44,6 +44,11 @@ class Field(nn.Module):
     halvings = 0
     """How often it halves height and width on its way, which must allow that."""
 
+    @property
+    def knows_jacobian(self) -> bool:
+        """Whether `push_known` has something to say."""
+        return False
+
     def run(self, t: Tensor, y: Dual, context: Tensor | None) -> Dual:
         """f(t, y) with, where y has tangents, their images under ∂f/∂y."""
         raise TypeError(f"{type(self).__name__} does not define run() or value()")
@@ -91,15 +96,9 @@ class Field(nn.Module):
     def push_known(
         self, t: Tensor, y: Tensor, tangents: Tensor, context: Tensor | None
     ) -> Known:
-        """As `push`, with a matrix near the Jacobian, for a trace that is less random.
-
-        Raises:
-            UserError: no such matrix is known.
-        """
-        raise UserError(
-            f"trace method calibrated: {type(self).__name__} knows nothing of its Jacobian; use "
-            "hutchinson or exact"
-        )
+        """As `push`, with a matrix near the Jacobian, for a trace that leaves less to chance; only
+        where one is known (`knows_jacobian`)."""
+        raise TypeError(f"{type(self).__name__} knows nothing of its Jacobian")
 
     def local(self, t: Tensor, y: Tensor, context: Tensor | None) -> Local:
         """f(t, y) with as much of ∂f/∂y as comes for next to nothing; here, that is nothing."""

@@ -111,8 +111,7 @@ class MultiResolutionFlow(nn.Module):
             draws: dequantisation draws per image.
             importance: combine the draws as the importance-weighted bound
                 log (1/K) Σ_k p(x_k)/q(u_k) (Burda et al. 2016) instead of their mean. With
-                estimated traces the exponential makes it optimistic: use the exact trace, or
-                a calibrated one of many probes.
+                estimated traces the exponential makes it optimistic: use the exact trace.
             pad: let H and W be no multiples of `multiple`, and repeat the last row and column
                 up to the next ones. The padded image's bound is one on log P of the image, which
                 is the sum over everything that might be there; its padding costs bits.

@@ -138,11 +138,16 @@ def load_level(
     Raises:
         UserError: the run has no such level, its file is damaged, or as `load`.
     """
-    origin, tensors, metadata = _read_level(_weights_of(run, resolution))
-    # Bits are per dimension of the finest image that any level of the run was made for.
-    resolutions = {r for other in describe(run).values() for r in other["model"]["resolutions"]}
-    model = dataclasses.replace(origin.model, resolutions=tuple(sorted(resolutions)))
+    path = _weights_of(run, resolution)
+    origin, tensors, metadata = _read_level(path)
+    # Bits are per dimension of the finest image that any level of the run was made for. Coarser
+    # levels of others' plans are none of its own.
+    planned = {r for other in describe(run).values() for r in other["model"]["resolutions"]}
+    own = origin.model.resolutions
+    finer = sorted(r for r in planned if r > own[-1])
+    model = dataclasses.replace(origin.model, resolutions=(*own, *finer))
     level = _build(model, origin, tensors, metadata, trust)
+    calibration.attach(path.parent, level)
     return level.to(device).eval().requires_grad_(False)
 
 

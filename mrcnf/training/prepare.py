@@ -59,6 +59,12 @@ def standardise(
 
 
 def _refuse_unfit(config: Config, level: Level) -> None:
+    for section in ("trace", "train_trace"):
+        if getattr(config, section).method == "calibrated":
+            raise UserError(
+                f"{section}.method = calibrated: what it needs is fitted to a trained level; train "
+                "with another, and set it where you evaluate"
+            )
     crop, finest = config.train.crop, level.model.finest
     if level.flow.tied_to_size and crop not in (0, finest):
         raise UserError(

@@ -207,7 +207,8 @@ def test_half_copies_of_a_calibrated_run_open_with_its_heads(tmp_path, capsys):
     evaluation = "evaluate", run, "--limit", "2", "trace.method=calibrated"
     assert "mrcnf calibrate" in refused(capsys, *evaluation)
     mrcnf_says(capsys, "calibrate", run, "--steps", "2", "--images", "0")
-    assert "trace calibrated, 1 rademacher" in mrcnf_says(capsys, *evaluation)
+    for level in ([], ["--level", "2"]):
+        assert "trace calibrated, 1 rademacher" in mrcnf_says(capsys, *evaluation, *level)
     mrcnf_says(capsys, "assemble", run, "--out", tmp_path / "half", "--half")
     copy = mrcnf.load(tmp_path / "half")
     assert all(level.flow.fields[0].near is not None for level in copy)

@@ -41,6 +41,10 @@ def test_a_level_serves_on_any_base_of_its_size(tmp_path):
     model = mrcnf.load(tmp_path / "joined")
     assert model.resolutions == (2, 4)
     assert model.sample(2).shape == (2, 1, 4, 4)
+    for level in model:
+        alone = checkpoint.load_level(tmp_path / "joined", level.resolution)
+        bits = [evaluate.level_bits(one, smooth_images()) for one in (level, alone)]
+        assert torch.equal(*bits)
 
 
 def test_assembling_over_a_level_changes_nothing(finished, tmp_path):
