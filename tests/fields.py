@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mrcnf.flows.tangents import Dual
+from mrcnf.flows.trace import Known
 from mrcnf.flows.velocity import Field
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -25,6 +26,14 @@ class LinearField(Field):
 
         bias = None if self.offset is None else self.offset.reshape(y.value.shape[1:])
         return y.linear(apply, bias)
+
+    knows_jacobian = True
+
+    def push_known(
+        self, t: Tensor, y: Tensor, tangents: Tensor, context: Tensor | None
+    ) -> Known:
+        value, pushed = self.push(t, y, tangents, context)
+        return Known(value, pushed, pushed, self.matrix.trace().expand(len(y)))
 
 
 def awake(module: Module, size: float = 0.15, seed: int = 1) -> Module:
