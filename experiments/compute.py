@@ -113,7 +113,7 @@ def plot(out: Path) -> None:
     left.set_ylabel("bits/dim of CIFAR-10 test images")
     for axes in (left, right):
         axes.set_xscale("log")
-        axes.margins(x=0.25, y=0.08)
+        axes.margins(x=0.35, y=0.08)
         axes.grid(alpha=0.3)
     figure.savefig(out, dpi=DPI)
 
