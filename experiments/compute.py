@@ -50,11 +50,12 @@ def count(what: Path) -> None:
 
 
 def _of_run(run: Path) -> Iterator[Trained]:
-    for resolution, folder in checkpoint.find_levels(run).items():
+    for resolution, metadata in checkpoint.describe(run).items():
+        folder = checkpoint.level_folder(run, resolution)
         settings = config.load(folder / checkpoint.CONFIG).at_level(resolution)
-        channels = checkpoint.load_level(run, resolution).model.channels
         # A new one, as it was trained, when there may have been no finer levels yet.
-        yield _fresh(settings, resolution, channels), settings, metrics.read(folder)[-1]
+        level = _fresh(settings, resolution, metadata["model"]["channels"])
+        yield level, settings, metrics.read(folder)[-1]
 
 
 def _of_recipe(recipe: Path) -> Iterator[Trained]:

@@ -15,6 +15,8 @@ Module = TypeVar("Module", bound=nn.Module)
 class LinearField(Field):
     """dy/dt = A y + b: everything about it is known in closed form."""
 
+    knows_jacobian = True
+
     def __init__(self, matrix: Tensor, offset: Tensor | None = None) -> None:
         super().__init__()
         self.matrix = nn.Parameter(matrix.clone())
@@ -26,8 +28,6 @@ class LinearField(Field):
 
         bias = None if self.offset is None else self.offset.reshape(y.value.shape[1:])
         return y.linear(apply, bias)
-
-    knows_jacobian = True
 
     def push_known(
         self, t: Tensor, y: Tensor, tangents: Tensor, context: Tensor | None

@@ -125,8 +125,8 @@ def calibrate(
 
     A small head on each level's network learns the network's Jacobian near its diagonal, which
     `trace.method=calibrated` has use for too, and the codec's settings are tried on a few images.
-    Both are kept beside the weights, which stay as they
-    are. Files that were compressed before need the run as it was before.
+    Both are kept beside the weights, which stay as they are. Files that were compressed before need
+    the run as it was before.
 
     Args:
         run: a trained run.
